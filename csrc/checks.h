@@ -1,0 +1,23 @@
+#pragma once
+
+// Every check of an op's tensor arguments. All of them run before anything is written.
+
+#include "step.h"
+
+namespace fused_lars {
+
+// The tensor lists of the step ops, as their schema has them.
+struct StepLists {
+  at::TensorList params, grads, momentum_buffers, master_params, steps;
+  at::IntArrayRef group_sizes;
+};
+
+// Hands the compact state lists out to the parameters that need them and fills step.tensors. Throws an
+// error that names the tensor by list and index, what it is and what is allowed; step.groups and the
+// optional tensors must be set.
+void check_and_assemble(const StepLists& lists, Step& step);
+
+// The same for the norms op.
+void check_norm_arguments(at::TensorList params, at::TensorList grads);
+
+}  // namespace fused_lars

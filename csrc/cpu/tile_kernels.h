@@ -1,0 +1,42 @@
+#pragma once
+
+// The inner loops of the CPU step, on one tile of one tensor. tile_kernels.cpp is compiled once for each
+// instruction set and the best of them is chosen when the library runs. This header includes no ATen: code
+// inlined from there, compiled for AVX-512, could be the copy that the linker keeps for every processor.
+
+#include <cstdint>
+
+#include "../rule.h"
+
+namespace fused_lars {
+
+enum class Element : uint8_t { f32, f64, f16, bf16 };
+
+// A pointer to elements of a type known at run time.
+struct ElementPointer {
+  void* data = nullptr;
+  Element element = Element::f32;
+};
+
+// What update_tile reads and writes, each a run of the same number of elements.
+struct UpdateTile {
+  ElementPointer weight;           // read and written: the master where there is one
+  ElementPointer grad;             // read
+  ElementPointer momentum_buffer;  // read and written; null without momentum
+  ElementPointer low_precision;    // written: the parameter of a master; null without
+};
+
+struct TileKernels {
+  // The sum of squares of `count` elements at x + offset. fp64 elements are summed in fp64, others in fp32
+  // in a fixed number of lanes, whatever the vector width, so the bits do not depend on the processor.
+  double (*squared_norm)(ElementPointer x, int64_t offset, int64_t count);
+  // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
+  void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
+  void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);
+  const char* name;  // "AVX512", "AVX2" or "DEFAULT"
+};
+
+// The kernels for the processor that runs this.
+const TileKernels& tile_kernels();
+
+}  // namespace fused_lars

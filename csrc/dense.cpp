@@ -1,0 +1,76 @@
+#include "dense.h"
+
+#include <utility>
+
+#include <ATen/ops/empty_strided.h>
+
+namespace fused_lars {
+namespace {
+
+bool is_dense(const at::Tensor& tensor) { return tensor.is_non_overlapping_and_dense(); }
+
+// Whether element k in memory order is the same element in both. Strides of dimensions of size 1 do not
+// matter, nor do any where there are no elements.
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.strides() == b.strides() || a.numel() == 0) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// `tensor` in the layout of the dense tensor `like`: itself, or a copy.
+at::Tensor as_layout(const at::Tensor& tensor, const at::Tensor& like) {
+  if (same_layout(tensor, like) && is_dense(tensor)) return tensor;
+  auto copy = at::empty_strided(like.sizes(), like.strides(), tensor.options());
+  copy.copy_(tensor);
+  return copy;
+}
+
+at::Tensor dense(const at::Tensor& tensor) { return is_dense(tensor) ? tensor : tensor.contiguous(); }
+
+}  // namespace
+
+void run_dense(void (*backend)(const Step&), Step& step) {
+  std::vector<std::pair<at::Tensor, at::Tensor>> copy_back;  // (original, dense copy)
+  for (auto& tensor : step.tensors) {
+    const auto replace = [&](at::Tensor& original, at::Tensor replacement, bool written) {
+      if (replacement.is_same(original)) return;
+      if (written) copy_back.emplace_back(original, replacement);
+      original = std::move(replacement);
+    };
+    replace(tensor.param, dense(tensor.param), true);
+    replace(tensor.grad, as_layout(tensor.grad, tensor.param), false);
+    if (tensor.momentum_buffer.defined()) {
+      replace(tensor.momentum_buffer, as_layout(tensor.momentum_buffer, tensor.param), true);
+    }
+    if (tensor.master_param.defined()) {
+      replace(tensor.master_param, as_layout(tensor.master_param, tensor.param), true);
+    }
+  }
+  backend(step);
+  for (auto& [original, copy] : copy_back) original.copy_(copy);
+}
+
+at::Tensor run_dense(at::Tensor (*backend)(at::TensorList, at::TensorList), at::TensorList params,
+                     at::TensorList grads) {
+  std::vector<at::Tensor> dense_params, dense_grads;
+  dense_params.reserve(params.size());
+  dense_grads.reserve(grads.size());
+  for (const auto& param : params) dense_params.push_back(dense(param));
+  for (const auto& grad : grads) dense_grads.push_back(dense(grad));
+  return backend(dense_params, dense_grads);
+}
+
+void fold_host_lr(Step& step) {
+  const bool host_backend = !step.tensors.empty() && step.tensors[0].param.device().is_cpu();
+  for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
+    auto& lr = step.lr_tensors[group];
+    if (!lr.defined() || !(lr.device().is_cpu() || host_backend)) continue;
+    step.groups[group].lr = lr.item<double>();
+    validate(step.groups[group], static_cast<long>(group));
+    lr = at::Tensor();
+  }
+}
+
+}  // namespace fused_lars

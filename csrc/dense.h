@@ -1,0 +1,19 @@
+#pragma once
+
+#include "step.h"
+
+namespace fused_lars {
+
+// Runs `backend` on a step whose tensors are all dense runs of elements in the layout of their weight.
+// Tensors that already are, the rule in training, pass through. Others (a gradient that inductor made
+// channels_last, a gradient expanded from a sum, a parameter that is a column of a larger tensor) go
+// through a dense copy, and what the step wrote is copied back.
+void run_dense(void (*backend)(const Step&), Step& step);
+at::Tensor run_dense(at::Tensor (*backend)(at::TensorList, at::TensorList), at::TensorList params,
+                     at::TensorList grads);
+
+// Reads the lr tensors that live on the host into their groups, validates them and drops them from
+// step.lr_tensors. Never synchronises with a device other than the CPU backend's own need of the value.
+void fold_host_lr(Step& step);
+
+}  // namespace fused_lars

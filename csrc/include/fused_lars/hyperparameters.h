@@ -1,0 +1,27 @@
+#pragma once
+
+// Plain data: CUDA kernels receive this struct as it is, so it includes nothing.
+
+namespace fused_lars {
+
+// What the parameters of one group share. rule.h gives each field its meaning.
+struct Hyperparameters {
+  double lr = 1.0;                   // finite, >= 0
+  double momentum = 0.0;             // in [0, 1); 0 keeps no momentum buffer
+  double weight_decay = 0.0;         // finite, >= 0
+  double trust_coefficient = 0.001;  // finite, > 0
+  double eps = 0.0;                  // finite, >= 0
+  double dampening = 0.0;            // in [0, 1]; needs classic_momentum == false
+  bool nesterov = false;             // needs momentum > 0 and dampening == 0
+  bool maximize = false;
+  bool trust_clip = false;
+  bool layer_adaptation = true;
+  bool classic_momentum = true;
+  bool master_weights = false;  // fp16 and bf16 parameters only; others are their own masters
+};
+
+// Throws the typed error of the first value that is out of range; `group` is named in its message
+// unless negative.
+void validate(const Hyperparameters& hyperparameters, long group = -1);
+
+}  // namespace fused_lars

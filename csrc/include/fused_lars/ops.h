@@ -1,0 +1,35 @@
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "fused_lars/hyperparameters.h"
+
+namespace fused_lars {
+
+// What a step may be given beyond its lists; see the schema in csrc/ops.cpp.
+struct StepOptions {
+  std::optional<at::Tensor> squared_norms = {};
+  std::optional<at::Tensor> grad_scale = {};
+  std::optional<at::Tensor> found_inf = {};
+  std::optional<at::Tensor> trust_ratios = {};
+  std::optional<at::Tensor> workspace = {};
+};
+
+// torch.ops.fused_lars.step_ for C++: one fused step over all groups, in place, through the dispatcher.
+// `group_sizes[i]` of the parameters, in order, belong to `groups[i]`. The three state lists hold a tensor
+// for exactly the parameters that need one, in order:
+//   momentum_buffers  where the group has momentum > 0
+//   master_params     where the group has master_weights and the parameter is fp16 or bf16
+//   steps             where the group has momentum > 0 and dampening > 0
+// Throws an Error before anything has changed.
+void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+           at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
+           const std::vector<Hyperparameters>& groups, const StepOptions& options = {});
+
+// torch.ops.fused_lars.squared_norms: (n, 2), fp64, row i is |params[i]|^2 and |grads[i]|^2.
+at::Tensor squared_norms(at::TensorList params, at::TensorList grads);
+
+}  // namespace fused_lars

@@ -1,0 +1,232 @@
+// The schemas of torch.ops.fused_lars and their registration for each dispatch key.
+
+#include "fused_lars/ops.h"
+
+#include <type_traits>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "dense.h"
+#include "fused_lars/errors.h"
+#include "step.h"
+
+namespace fused_lars {
+namespace {
+
+// The step's arguments, for the op called `name`. Lists of hyperparameters have an entry for each group;
+// group_sizes[i] of the parameters, in order, belong to group i. What the state lists hold is said in
+// fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
+// need; workspace is scratch of any size, zeros on entry and on return, that a caller who keeps it spares
+// the CUDA step an allocation and a memset (it is resized where it is too small).
+std::string step_schema(const std::string& name, const std::string& lr) {
+  return name +
+         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
+         "Tensor(d!)[] steps, int[] group_sizes, *, " +
+         lr +
+         " lr, float[] momentum, float[] weight_decay, float[] trust_coefficient, float[] eps, float[] dampening, "
+         "bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] classic_momentum, "
+         "bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+         "Tensor(e!)? trust_ratios=None, Tensor(f!)? workspace=None) -> ()";
+}
+
+// A backend of the dispatcher: runs a checked step.
+using Backend = void (*)(Step&);
+
+void bump_versions(const Step& step) {
+  const auto bump = [](const at::Tensor& tensor) {
+    if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  };
+  for (const auto& tensor : step.tensors) {
+    bump(tensor.param);
+    bump(tensor.momentum_buffer);
+    bump(tensor.master_param);
+    bump(tensor.step);
+  }
+  bump(step.trust_ratios);
+}
+
+void reference_backend(Step& step) { step_reference(step); }
+
+void meta_backend(Step&) {}
+
+template <void (*kernel)(const Step&)>
+void fused_backend(Step& step) {
+  fold_host_lr(step);
+  bump_versions(step);
+  run_dense(kernel, step);
+}
+
+// The op itself, for a backend and for lr as numbers (at::ArrayRef<double>) or as tensors (at::TensorList).
+template <Backend backend, typename LearningRates>
+void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+             at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes, LearningRates lr,
+             at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
+             at::ArrayRef<double> trust_coefficient, at::ArrayRef<double> eps, at::ArrayRef<double> dampening,
+             const c10::List<bool>& nesterov, const c10::List<bool>& maximize, const c10::List<bool>& trust_clip,
+             const c10::List<bool>& layer_adaptation, const c10::List<bool>& classic_momentum,
+             const c10::List<bool>& master_weights, const std::optional<at::Tensor>& squared_norms,
+             const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+             const std::optional<at::Tensor>& trust_ratios, const std::optional<at::Tensor>& workspace) {
+  constexpr bool lr_is_tensor = std::is_same_v<LearningRates, at::TensorList>;
+  Step step;
+  const size_t groups = group_sizes.size();
+  const auto has_group_entries = [groups](const char* name, size_t size) {
+    FUSED_LARS_CHECK(size == groups, InvalidOption, name, " has ", size, " entries; expected ", groups,
+                     ", one for each entry of group_sizes");
+  };
+  has_group_entries("lr", lr.size());
+  has_group_entries("momentum", momentum.size());
+  has_group_entries("weight_decay", weight_decay.size());
+  has_group_entries("trust_coefficient", trust_coefficient.size());
+  has_group_entries("eps", eps.size());
+  has_group_entries("dampening", dampening.size());
+  has_group_entries("nesterov", nesterov.size());
+  has_group_entries("maximize", maximize.size());
+  has_group_entries("trust_clip", trust_clip.size());
+  has_group_entries("layer_adaptation", layer_adaptation.size());
+  has_group_entries("classic_momentum", classic_momentum.size());
+  has_group_entries("master_weights", master_weights.size());
+  step.groups.reserve(groups);
+  for (size_t i = 0; i < groups; ++i) {
+    Hyperparameters group{.momentum = momentum[i],
+                          .weight_decay = weight_decay[i],
+                          .trust_coefficient = trust_coefficient[i],
+                          .eps = eps[i],
+                          .dampening = dampening[i],
+                          .nesterov = nesterov.get(i),
+                          .maximize = maximize.get(i),
+                          .trust_clip = trust_clip.get(i),
+                          .layer_adaptation = layer_adaptation.get(i),
+                          .classic_momentum = classic_momentum.get(i),
+                          .master_weights = master_weights.get(i)};
+    if constexpr (!lr_is_tensor) group.lr = lr[i];
+    validate(group, static_cast<long>(i));
+    step.groups.push_back(group);
+  }
+  if constexpr (lr_is_tensor) step.lr_tensors = lr.vec();
+  step.squared_norms = squared_norms.value_or(at::Tensor());
+  step.grad_scale = grad_scale.value_or(at::Tensor());
+  step.found_inf = found_inf.value_or(at::Tensor());
+  step.trust_ratios = trust_ratios.value_or(at::Tensor());
+  step.workspace = workspace.value_or(at::Tensor());
+  check_and_assemble({params, grads, momentum_buffers, master_params, steps, group_sizes}, step);
+  if (!step.tensors.empty()) backend(step);
+}
+
+template <at::Tensor (*backend)(at::TensorList, at::TensorList)>
+at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads) {
+  check_norm_arguments(params, grads);
+  return run_dense(backend, params, grads);
+}
+
+at::Tensor squared_norms_reference_op(at::TensorList params, at::TensorList grads) {
+  check_norm_arguments(params, grads);
+  return squared_norms_reference(params, grads);
+}
+
+at::Tensor squared_norms_meta(at::TensorList params, at::TensorList grads) {
+  check_norm_arguments(params, grads);
+  const auto count = static_cast<int64_t>(params.size());
+  return at::empty({count, 2}, params[0].options().dtype(norm_dtype(params[0].device())));
+}
+
+void check_hyperparameters(double lr, double momentum, double weight_decay, double trust_coefficient, double eps,
+                           double dampening, bool nesterov, bool classic_momentum) {
+  validate({.lr = lr,
+            .momentum = momentum,
+            .weight_decay = weight_decay,
+            .trust_coefficient = trust_coefficient,
+            .eps = eps,
+            .dampening = dampening,
+            .nesterov = nesterov,
+            .classic_momentum = classic_momentum});
+}
+
+template <Backend backend>
+void register_step(torch::Library& library, const std::string& name) {
+  library.impl(name.c_str(), step_op<backend, at::ArrayRef<double>>);
+  library.impl((name + ".tensor_lr").c_str(), step_op<backend, at::TensorList>);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
+  for (const std::string name : {"step_", "reference_step_"}) {
+    library.def(step_schema(name, "float[]"), {at::Tag::pt2_compliant_tag});
+    library.def(step_schema(name + ".tensor_lr", "Tensor[]"), {at::Tag::pt2_compliant_tag});
+  }
+  library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
+  library.def(
+      "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float eps, "
+      "float dampening, bool nesterov, bool classic_momentum) -> ()",
+      check_hyperparameters);
+}
+
+TORCH_LIBRARY_IMPL(fused_lars, CPU, library) {
+  register_step<fused_backend<step_cpu>>(library, "step_");
+  library.impl("squared_norms", squared_norms_op<squared_norms_cpu>);
+}
+
+#ifdef FUSED_LARS_WITH_CUDA
+TORCH_LIBRARY_IMPL(fused_lars, CUDA, library) {
+  register_step<fused_backend<step_cuda>>(library, "step_");
+  library.impl("squared_norms", squared_norms_op<squared_norms_cuda>);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
+  register_step<meta_backend>(library, "step_");
+  library.impl("squared_norms", squared_norms_meta);
+}
+
+// Any other device.
+TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
+  register_step<reference_backend>(library, "step_");
+  library.impl("squared_norms", squared_norms_reference_op);
+}
+
+// The reference by its own name, which autograd sees through.
+TORCH_LIBRARY_IMPL(fused_lars, CompositeImplicitAutograd, library) {
+  register_step<reference_backend>(library, "reference_step_");
+}
+
+void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+           at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
+           const std::vector<Hyperparameters>& groups, const StepOptions& options) {
+  if (params.empty() && grads.empty()) return;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_lars::step_", "")
+                             .typed<decltype(step_op<meta_backend, at::ArrayRef<double>>)>();
+  std::vector<double> lr, momentum, weight_decay, trust_coefficient, eps, dampening;
+  c10::List<bool> nesterov, maximize, trust_clip, layer_adaptation, classic_momentum, master_weights;
+  for (const auto& group : groups) {
+    lr.push_back(group.lr);
+    momentum.push_back(group.momentum);
+    weight_decay.push_back(group.weight_decay);
+    trust_coefficient.push_back(group.trust_coefficient);
+    eps.push_back(group.eps);
+    dampening.push_back(group.dampening);
+    nesterov.push_back(group.nesterov);
+    maximize.push_back(group.maximize);
+    trust_clip.push_back(group.trust_clip);
+    layer_adaptation.push_back(group.layer_adaptation);
+    classic_momentum.push_back(group.classic_momentum);
+    master_weights.push_back(group.master_weights);
+  }
+  op.call(params, grads, momentum_buffers, master_params, steps, group_sizes, lr, momentum, weight_decay,
+          trust_coefficient, eps, dampening, nesterov, maximize, trust_clip, layer_adaptation, classic_momentum,
+          master_weights, options.squared_norms, options.grad_scale, options.found_inf, options.trust_ratios,
+          options.workspace);
+}
+
+at::Tensor squared_norms(at::TensorList params, at::TensorList grads) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_lars::squared_norms", "")
+                             .typed<at::Tensor(at::TensorList, at::TensorList)>();
+  return op.call(params, grads);
+}
+
+}  // namespace fused_lars

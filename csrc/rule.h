@@ -1,0 +1,90 @@
+#pragma once
+
+// The LARS update rule: the only place where its arithmetic is written. Host and device code include
+// this header; the fused CPU step and the CUDA kernel call these functions and add none of their own.
+//
+//   g' = (maximize ? -g : g) / grad_scale
+//   q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)     (1 where a norm is 0)
+//   u  = q * (g' + weight_decay * w)
+//   classic momentum:  v = momentum * v + lr * u               w -= nesterov ? momentum * v + lr * u : v
+//   torch momentum:    v = momentum * v + (1 - dampening) * u  w -= lr * (nesterov ? u + momentum * v : v)
+//
+// You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks", equations 6 and 7 and
+// algorithm 1. Translation units that include this header are compiled without contraction of a * b + c
+// to one rounding, so every backend and vector width gives the same bits from the same norms.
+
+#include <cmath>
+
+#include "fused_lars/hyperparameters.h"
+
+#ifdef __CUDACC__
+#define FUSED_LARS_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSED_LARS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fused_lars {
+
+// The trust ratio q of one parameter (paper, equation 6). The squared norms are of the whole parameter
+// and of its gradient as stored, before grad_scale is divided out. A NaN norm counts as 0 does: q is 1
+// and the NaN reaches the weights through the gradient itself.
+FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double weight_squared_norm,
+                                     double grad_squared_norm, double grad_scale) {
+  double q = 1.0;
+  if (h.layer_adaptation && weight_squared_norm > 0.0 && grad_squared_norm > 0.0) {
+    const double weight_norm = sqrt(weight_squared_norm);
+    const double grad_norm = sqrt(grad_squared_norm) / fabs(grad_scale);
+    q = h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps);
+  }
+  // LARC: the layer's rate q never exceeds lr. At lr == 0 nothing moves and there is nothing to clip.
+  if (h.trust_clip) q = lr > 0.0 && !(q >= lr) ? q / lr : 1.0;
+  return q;
+}
+
+// The rule for one parameter reduced to factors. Both momentum conventions and the absence of momentum
+// are one formula, so that an element costs one branch at most:
+//   u = trust_ratio * (grad_gain * g + weight_decay * w)
+//   v = momentum * v + buffer_gain * u
+//   w -= step_size * (nesterov ? momentum * v + nesterov_gain * u : v)
+// Multiplying by a factor of exactly 1 or 0 leaves the bits that the convention's own formula gives.
+template <typename T>
+struct Coefficients {
+  T grad_gain;
+  T weight_decay;
+  T trust_ratio;
+  T momentum;
+  T buffer_gain;
+  T nesterov_gain;
+  T step_size;
+  bool nesterov;
+};
+
+// first_step: no update has been applied to this parameter yet, and torch's convention leaves the first
+// one undamped.
+template <typename T>
+FUSED_LARS_INLINE Coefficients<T> coefficients(const Hyperparameters& h, double lr, double q,
+                                               double grad_scale, bool first_step) {
+  const double damped = first_step ? 1.0 : 1.0 - h.dampening;
+  Coefficients<T> c;
+  c.grad_gain = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
+  c.weight_decay = static_cast<T>(h.weight_decay);
+  c.trust_ratio = static_cast<T>(q);
+  c.momentum = static_cast<T>(h.momentum);
+  c.buffer_gain = static_cast<T>(h.classic_momentum ? lr : (h.momentum > 0.0 ? damped : 1.0));
+  c.nesterov_gain = static_cast<T>(h.classic_momentum ? lr : 1.0);
+  c.step_size = static_cast<T>(h.classic_momentum ? 1.0 : lr);
+  c.nesterov = h.nesterov;
+  return c;
+}
+
+// One element, or one vector of elements. Without momentum the caller passes a buffer of 0 and drops it.
+template <typename T, typename V>
+FUSED_LARS_INLINE void update(const Coefficients<T>& c, V grad, V& weight, V& momentum_buffer) {
+  const V u = c.trust_ratio * (c.grad_gain * grad + c.weight_decay * weight);
+  const V v = c.momentum * momentum_buffer + c.buffer_gain * u;
+  const V direction = c.nesterov ? c.momentum * v + c.nesterov_gain * u : v;
+  momentum_buffer = v;
+  weight = weight - c.step_size * direction;
+}
+
+}  // namespace fused_lars

@@ -1,0 +1,62 @@
+#pragma once
+
+// What a backend is handed: a step whose arguments have all been checked (ops.cpp), so that a backend
+// only computes.
+
+#include <cstdint>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "fused_lars/hyperparameters.h"
+
+namespace fused_lars {
+
+// One parameter and what its update touches. Every defined tensor but `step` has the parameter's sizes
+// and strides, is dense and does not overlap itself, so a backend treats it as a run of numel elements.
+struct StepTensor {
+  at::Tensor param;            // fp32, fp64, fp16 or bf16
+  at::Tensor grad;             // the parameter's dtype, or fp32
+  at::Tensor momentum_buffer;  // the parameter's dtype, or fp32; undefined without momentum
+  at::Tensor master_param;     // fp32; undefined unless an fp16 or bf16 parameter has one
+  at::Tensor step;             // one fp32 element, the updates applied so far; undefined without dampening
+  int64_t group;
+
+  // The tensor that the rule reads and writes; with a master, `param` only receives the rounded result.
+  const at::Tensor& weight() const { return master_param.defined() ? master_param : param; }
+};
+
+struct Step {
+  std::vector<StepTensor> tensors;
+  std::vector<Hyperparameters> groups;
+  // One a group, or empty. A defined one (one floating-point element, on the CPU or the parameters'
+  // device) replaces the group's lr.
+  std::vector<at::Tensor> lr_tensors;
+  at::Tensor squared_norms;  // optional (n, 2): |w|^2 and |g|^2 of each parameter, before grad_scale
+  at::Tensor grad_scale;     // optional, one fp32 element: what gradients were multiplied by
+  at::Tensor found_inf;      // optional, one fp32 element: not zero means that nothing may change
+  at::Tensor trust_ratios;   // optional (n): receives each parameter's trust ratio
+  at::Tensor workspace;      // optional int32 scratch; see the schema
+};
+
+// What state a parameter keeps. The lists of an op hold a tensor for exactly the parameters that need one.
+inline bool needs_momentum_buffer(const Hyperparameters& group) { return group.momentum > 0.0; }
+inline bool needs_step(const Hyperparameters& group) { return group.momentum > 0.0 && group.dampening > 0.0; }
+inline bool needs_master(const Hyperparameters& group, at::ScalarType param) {
+  return group.master_weights && (param == at::kHalf || param == at::kBFloat16);
+}
+
+// The dtype of norms and trust ratios: fp64, but fp32 on devices that have no fp64.
+at::ScalarType norm_dtype(at::Device device);
+
+// The backends. Each one applies the rule to every tensor of a checked step.
+void step_reference(const Step& step);
+void step_cpu(const Step& step);
+void step_cuda(const Step& step);
+
+// Squared norms of dense tensors, (n, 2) of norm_dtype: row i is |params[i]|^2, |grads[i]|^2.
+at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads);
+at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads);
+at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads);
+
+}  // namespace fused_lars
