@@ -155,8 +155,8 @@ void register_step(torch::Library& library, const std::string& name) {
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   for (const std::string name : {"step_", "reference_step_"}) {
-    library.def(step_schema(name, "float[]"), {at::Tag::pt2_compliant_tag});
-    library.def(step_schema(name + ".tensor_lr", "Tensor[]"), {at::Tag::pt2_compliant_tag});
+    library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
+    library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
   library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
   library.def(
