@@ -33,7 +33,7 @@ struct TileKernels {
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
   void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
   void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);
-  const char* name;  // "AVX512", "AVX2" or "DEFAULT"
+  const char* name;  // "avx512", "avx2" or "baseline"
 };
 
 // The kernels for the processor that runs this.

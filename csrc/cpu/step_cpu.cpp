@@ -1,0 +1,201 @@
+// The fused step on the CPU.
+//
+// Tensors are cut into tiles of a fixed size; a tensor's norm is the sum of its tiles' sums in tile order,
+// so its bits do not depend on the number of threads. Tensors are taken in batches about as large as the
+// caches: a thread takes the norms of a run of tiles and then, once the batch's trust ratios are known,
+// updates the same run backwards, since what it read last is what its cache still holds. Weights and
+// gradients of a batch that fits are read from memory once: 20 bytes an fp32 parameter instead of 28.
+
+#include <algorithm>
+#include <optional>
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "../step.h"
+#include "tile_kernels.h"
+
+namespace fused_lars {
+namespace {
+
+constexpr int64_t kTile = 4096;                   // elements
+constexpr int64_t kTilesPerThread = 8;            // not worth a thread of its own below that
+constexpr int64_t kCacheBytesPerThread = 1 << 20;  // of weights and gradients; half of a common L2
+
+ElementPointer element_pointer(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return {tensor.data_ptr(), Element::f64};
+    case at::kHalf:
+      return {tensor.data_ptr(), Element::f16};
+    case at::kBFloat16:
+      return {tensor.data_ptr(), Element::bf16};
+    default:
+      return {tensor.data_ptr(), Element::f32};
+  }
+}
+
+int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
+
+struct SquaredNorms {
+  double weight = 0.0;
+  double grad = 0.0;
+};
+
+// One tensor of a batch.
+struct Work {
+  ElementPointer weight, grad;
+  int64_t numel;
+  int64_t first_tile;  // within the batch
+  int64_t index;       // within the call
+  bool needs_norms;
+};
+
+// Consecutive tensors that are processed together.
+class Batch {
+ public:
+  void add(const at::Tensor& weight, const at::Tensor& grad, int64_t index, bool needs_norms) {
+    const int64_t numel = weight.numel();
+    work_.push_back({element_pointer(weight), element_pointer(grad), numel, tiles_, index, needs_norms});
+    tiles_ += tiles_of(numel);
+    bytes_ += numel * static_cast<int64_t>(weight.element_size() + grad.element_size());
+    any_norms_ |= needs_norms;
+  }
+  bool full() const { return bytes_ >= kCacheBytesPerThread * at::get_num_threads(); }
+  void clear() {
+    work_.clear();
+    tiles_ = bytes_ = 0;
+    any_norms_ = false;
+  }
+  const std::vector<Work>& work() const { return work_; }
+
+  // Squared norms of each tensor of the batch, in the order of work(); 0 where they are not needed.
+  const std::vector<SquaredNorms>& squared_norms() {
+    norms_.assign(work_.size(), {});
+    if (!any_norms_) return norms_;
+    partials_.assign(tiles_, {});
+    const auto& kernels = tile_kernels();
+    for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
+      if (!work.needs_norms) return;
+      partials_[work.first_tile + tile] = {kernels.squared_norm(work.weight, offset, count),
+                                           kernels.squared_norm(work.grad, offset, count)};
+    });
+    for (size_t k = 0; k < work_.size(); ++k) {
+      const int64_t first = work_[k].first_tile;
+      for (int64_t t = first; t < first + tiles_of(work_[k].numel); ++t) {
+        norms_[k].weight += partials_[t].weight;
+        norms_[k].grad += partials_[t].grad;
+      }
+    }
+    return norms_;
+  }
+
+  // Calls f(work, tile, offset, count) for every tile of the batch, in parallel. A thread gets the same run
+  // of tiles in every call and walks it forwards, or backwards where `reversed`.
+  template <typename F>
+  void for_tiles(F f, bool reversed = false) const {
+    at::parallel_for(0, tiles_, kTilesPerThread, [&](int64_t begin, int64_t end) {
+      const auto after = [](int64_t tile, const Work& work) { return tile < work.first_tile; };
+      auto work = std::upper_bound(work_.begin(), work_.end(), reversed ? end - 1 : begin, after) - 1;
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t global = reversed ? begin + (end - 1 - k) : k;
+        while (global < work->first_tile) --work;
+        while (global - work->first_tile >= tiles_of(work->numel)) ++work;
+        const int64_t tile = global - work->first_tile;
+        const int64_t offset = tile * kTile;
+        f(*work, tile, offset, std::min(kTile, work->numel - offset));
+      }
+    });
+  }
+
+ private:
+  std::vector<Work> work_;
+  std::vector<SquaredNorms> partials_, norms_;
+  int64_t tiles_ = 0;
+  int64_t bytes_ = 0;
+  bool any_norms_ = false;
+};
+
+// What the tiles of one tensor need to be updated.
+struct Update {
+  UpdateTile tile;
+  Coefficients<float> f32;
+  Coefficients<double> f64;
+};
+
+double scalar_or(const at::Tensor& tensor, double otherwise) {
+  return tensor.defined() ? *tensor.const_data_ptr<float>() : otherwise;
+}
+
+}  // namespace
+
+void step_cpu(const Step& step) {
+  if (scalar_or(step.found_inf, 0.0) != 0.0) return;
+  const double grad_scale = scalar_or(step.grad_scale, 1.0);
+  const double* given = step.squared_norms.defined() ? step.squared_norms.const_data_ptr<double>() : nullptr;
+  double* trust_ratios = step.trust_ratios.defined() ? step.trust_ratios.mutable_data_ptr<double>() : nullptr;
+  const auto& kernels = tile_kernels();
+
+  std::vector<Update> updates(step.tensors.size());
+  const auto prepare = [&](int64_t i, SquaredNorms norms) {
+    const auto& tensor = step.tensors[i];
+    const auto& group = step.groups[tensor.group];
+    const double q = trust_ratio(group, group.lr, norms.weight, norms.grad, grad_scale);
+    if (trust_ratios) trust_ratios[i] = q;
+    bool first_step = false;
+    if (tensor.step.defined()) {
+      float& applied = *tensor.step.mutable_data_ptr<float>();
+      first_step = applied == 0.0f;
+      applied += 1.0f;
+    }
+    updates[i] = {{element_pointer(tensor.weight()), element_pointer(tensor.grad),
+                   element_pointer(tensor.momentum_buffer),
+                   tensor.master_param.defined() ? element_pointer(tensor.param) : ElementPointer()},
+                  coefficients<float>(group, group.lr, q, grad_scale, first_step),
+                  coefficients<double>(group, group.lr, q, grad_scale, first_step)};
+  };
+  const auto update = [&](const Work& work, int64_t, int64_t offset, int64_t count) {
+    const Update& u = updates[work.index];
+    if (work.weight.element == Element::f64) {
+      kernels.update_f64(u.f64, u.tile, offset, count);
+    } else {
+      kernels.update_f32(u.f32, u.tile, offset, count);
+    }
+  };
+
+  Batch batch;
+  const auto flush = [&] {
+    const auto& norms = batch.squared_norms();
+    for (size_t k = 0; k < norms.size(); ++k) {
+      const int64_t i = batch.work()[k].index;
+      prepare(i, given ? SquaredNorms{given[2 * i], given[2 * i + 1]} : norms[k]);
+    }
+    batch.for_tiles(update, /*reversed=*/true);
+    batch.clear();
+  };
+  for (size_t i = 0; i < step.tensors.size(); ++i) {
+    const auto& tensor = step.tensors[i];
+    batch.add(tensor.weight(), tensor.grad, static_cast<int64_t>(i),
+              /*needs_norms=*/!given && step.groups[tensor.group].layer_adaptation);
+    if (batch.full()) flush();
+  }
+  flush();
+}
+
+at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads) {
+  auto result = at::empty({static_cast<int64_t>(params.size()), 2}, at::TensorOptions().dtype(at::kDouble));
+  double* out = result.mutable_data_ptr<double>();
+  Batch batch;
+  for (size_t i = 0; i < params.size(); ++i) {
+    batch.add(params[i], grads[i], static_cast<int64_t>(i), /*needs_norms=*/true);
+  }
+  const auto& norms = batch.squared_norms();
+  for (size_t i = 0; i < norms.size(); ++i) {
+    out[2 * i] = norms[i].weight;
+    out[2 * i + 1] = norms[i].grad;
+  }
+  return result;
+}
+
+}  // namespace fused_lars

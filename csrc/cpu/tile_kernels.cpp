@@ -1,0 +1,275 @@
+// Compiled once for each instruction set, with FUSED_LARS_ISA naming the variant. Everything here has
+// internal linkage except the one table at the end: see the hazard in tile_kernels.h.
+
+#include "tile_kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fused_lars {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t size = kVectorBytes / sizeof(T);
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+// memcpy, since storage may be aligned to its elements only.
+template <typename T>
+FUSED_LARS_INLINE Vector<T> load(const T* from) {
+  Vector<T> x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+template <typename T>
+FUSED_LARS_INLINE void store(T* to, Vector<T> x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+
+// ---------------------------------------------------------------- conversion to the type of computation
+
+FUSED_LARS_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+FUSED_LARS_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+FUSED_LARS_INLINE float from_bf16(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
+// To nearest, ties to even; NaN stays NaN.
+FUSED_LARS_INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+#if defined(__F16C__)
+FUSED_LARS_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
+FUSED_LARS_INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// Exact: the exponent is rebased by a multiplication, which also handles subnormal numbers.
+FUSED_LARS_INLINE float from_f16(uint16_t x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
+  const bool special = magnitude >= 0x0f800000;  // inf and NaN
+  const float rebased = bits_to_float(magnitude) * 0x1p112f;
+  return bits_to_float((special ? magnitude | 0x7f800000 : float_to_bits(rebased)) | sign);
+}
+// To nearest, ties to even: adding and removing a power of two whose last place is that of the result
+// lets the addition round.
+FUSED_LARS_INLINE uint16_t to_f16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                                                 // subnormal: last place 2^-24
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - float_to_bits(0.5f)));
+  }
+  const uint32_t rounded = magnitude + 0x0fff + ((magnitude >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+}
+#endif
+
+constexpr int64_t kChunk = 512;  // elements converted at a time; three such buffers stay in L1
+
+template <typename To, typename From, typename Convert>
+FUSED_LARS_INLINE void convert(const From* from, To* to, int64_t count, Convert one) {
+  for (int64_t i = 0; i < count; ++i) to[i] = one(from[i]);
+}
+
+#if defined(__F16C__)
+constexpr int64_t kHalfVector = 8;
+FUSED_LARS_INLINE void widen_f16(const uint16_t* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kHalfVector <= count; i += kHalfVector) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  convert(from + i, to + i, count - i, from_f16);
+}
+FUSED_LARS_INLINE void narrow_f16(const float* from, uint16_t* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kHalfVector <= count; i += kHalfVector) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  convert(from + i, to + i, count - i, to_f16);
+}
+#else
+FUSED_LARS_INLINE void widen_f16(const uint16_t* from, float* to, int64_t count) {
+  convert(from, to, count, from_f16);
+}
+FUSED_LARS_INLINE void narrow_f16(const float* from, uint16_t* to, int64_t count) {
+  convert(from, to, count, to_f16);
+}
+#endif
+
+template <typename T>
+constexpr Element element_of = sizeof(T) == sizeof(float) ? Element::f32 : Element::f64;
+
+// `count` elements from `offset` as T: the memory itself where it holds T, else converted into `scratch`.
+template <typename T>
+FUSED_LARS_INLINE T* open(ElementPointer x, int64_t offset, int64_t count, T* scratch) {
+  if (x.element == element_of<T>) return static_cast<T*>(x.data) + offset;
+  if constexpr (sizeof(T) == sizeof(double)) {  // fp32 companions of fp64 parameters
+    convert(static_cast<float*>(x.data) + offset, scratch, count, [](float e) { return static_cast<double>(e); });
+  } else if (x.element == Element::bf16) {
+    convert(static_cast<uint16_t*>(x.data) + offset, scratch, count, from_bf16);
+  } else {
+    widen_f16(static_cast<uint16_t*>(x.data) + offset, scratch, count);
+  }
+  return scratch;
+}
+
+// Writes `values` to `count` elements from `offset`, unless open() gave out that memory itself.
+template <typename T>
+FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, const T* values) {
+  if (x.element == element_of<T>) return;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    convert(values, static_cast<float*>(x.data) + offset, count, [](double e) { return static_cast<float>(e); });
+  } else if (x.element == Element::bf16) {
+    convert(values, static_cast<uint16_t*>(x.data) + offset, count, to_bf16);
+  } else {
+    narrow_f16(values, static_cast<uint16_t*>(x.data) + offset, count);
+  }
+}
+
+// ---------------------------------------------------------------- squared norm
+
+// Sums squares in a fixed number of lanes: element i always joins lane i % kLanes, whatever the width of
+// a vector. Several vectors of lanes, since one accumulator would wait for each addition's latency.
+template <typename T>
+class SquareSum {
+ public:
+  static constexpr int64_t kLanes = 128 / sizeof(T);
+
+  // All calls but the last take a multiple of kLanes.
+  FUSED_LARS_INLINE void add(const T* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) add_lanes(x + i);
+    if (i < count) {
+      T padded[kLanes] = {};
+      std::memcpy(padded, x + i, (count - i) * sizeof(T));
+      add_lanes(padded);
+    }
+  }
+
+  FUSED_LARS_INLINE double total() const {
+    T lanes[kLanes];
+    std::memcpy(lanes, sums_, sizeof(lanes));
+    double total = 0.0;
+    for (const T lane : lanes) total += lane;
+    return total;
+  }
+
+ private:
+  static constexpr int64_t kVectors = kLanes / VectorOf<T>::size;
+
+  FUSED_LARS_INLINE void add_lanes(const T* x) {
+    for (int64_t k = 0; k < kVectors; ++k) {
+      const Vector<T> e = load(x + k * VectorOf<T>::size);
+      sums_[k] += e * e;
+    }
+  }
+
+  Vector<T> sums_[kVectors] = {};
+};
+
+double squared_norm(ElementPointer x, int64_t offset, int64_t count) {
+  if (x.element == Element::f64) {
+    SquareSum<double> sum;
+    sum.add(static_cast<const double*>(x.data) + offset, count);
+    return sum.total();
+  }
+  SquareSum<float> sum;
+  if (x.element == Element::f32) {
+    sum.add(static_cast<const float*>(x.data) + offset, count);
+  } else {
+    float scratch[kChunk];
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int64_t n = std::min(kChunk, count - i);
+      sum.add(open(x, offset + i, n, scratch), n);
+    }
+  }
+  return sum.total();
+}
+
+// ---------------------------------------------------------------- update
+
+template <typename T, bool nesterov, bool has_momentum>
+FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T* momentum_buffer, int64_t count) {
+  c.nesterov = nesterov;
+  int64_t i = 0;
+  for (; i + VectorOf<T>::size <= count; i += VectorOf<T>::size) {
+    Vector<T> w = load(weight + i);
+    Vector<T> v = {};
+    if constexpr (has_momentum) v = load(momentum_buffer + i);
+    update(c, load(grad + i), w, v);
+    if constexpr (has_momentum) store(momentum_buffer + i, v);
+    store(weight + i, w);
+  }
+  for (; i < count; ++i) {
+    T v = has_momentum ? momentum_buffer[i] : T(0);
+    update(c, grad[i], weight[i], v);
+    if constexpr (has_momentum) momentum_buffer[i] = v;
+  }
+}
+
+template <typename T>
+void update_tile(const Coefficients<T>& c, const UpdateTile& tile, int64_t offset, int64_t count) {
+  T weight_scratch[kChunk], grad_scratch[kChunk], buffer_scratch[kChunk];
+  const bool has_momentum = tile.momentum_buffer.data != nullptr;
+  const bool has_low_precision = tile.low_precision.data != nullptr;
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t n = std::min(kChunk, count - i);
+    const int64_t at = offset + i;
+    T* weight = open(tile.weight, at, n, weight_scratch);
+    const T* grad = open(tile.grad, at, n, grad_scratch);
+    if (has_momentum) {
+      T* buffer = open(tile.momentum_buffer, at, n, buffer_scratch);
+      if (c.nesterov) {
+        update_run<T, true, true>(c, weight, grad, buffer, n);
+      } else {
+        update_run<T, false, true>(c, weight, grad, buffer, n);
+      }
+      close(tile.momentum_buffer, at, n, buffer);
+    } else {
+      update_run<T, false, false>(c, weight, grad, nullptr, n);
+    }
+    close(tile.weight, at, n, weight);
+    if (has_low_precision) close(tile.low_precision, at, n, weight);
+  }
+}
+
+}  // namespace
+
+#define FUSED_LARS_TABLE_NAME(isa) FUSED_LARS_TABLE_NAME_(isa)
+#define FUSED_LARS_TABLE_NAME_(isa) tile_kernels_##isa
+#define FUSED_LARS_STRING(isa) FUSED_LARS_STRING_(isa)
+#define FUSED_LARS_STRING_(isa) #isa
+
+extern const TileKernels FUSED_LARS_TABLE_NAME(FUSED_LARS_ISA);
+const TileKernels FUSED_LARS_TABLE_NAME(FUSED_LARS_ISA) = {squared_norm, update_tile<float>, update_tile<double>,
+                                                           FUSED_LARS_STRING(FUSED_LARS_ISA)};
+
+}  // namespace fused_lars
