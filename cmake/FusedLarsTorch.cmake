@@ -57,3 +57,13 @@ file(STRINGS "${FUSED_LARS_TORCH_CMAKE_DIR}/TorchConfig.cmake" _fused_lars_text 
 if(_fused_lars_text MATCHES "_GLIBCXX_USE_CXX11_ABI=[01]")
   set_target_properties(fused_lars::torch PROPERTIES INTERFACE_COMPILE_DEFINITIONS "${CMAKE_MATCH_0}")
 endif()
+
+# at::parallel_for is compiled into its callers: without OpenMP it runs on one thread. The runtime must be the
+# one that LibTorch brings, for a second one would have threads of its own.
+add_library(fused_lars::torch_openmp INTERFACE IMPORTED)
+file(GLOB _fused_lars_gomp "${_fused_lars_lib}/libgomp*.so*")
+if(NOT _fused_lars_gomp OR NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(_fused_lars_gomp -fopenmp)
+endif()
+set_target_properties(fused_lars::torch_openmp PROPERTIES
+  INTERFACE_COMPILE_OPTIONS -fopenmp INTERFACE_LINK_LIBRARIES "${_fused_lars_gomp}")
