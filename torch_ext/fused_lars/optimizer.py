@@ -1,0 +1,415 @@
+"""LARS as a ``torch.optim.Optimizer``: gathers parameters and state, and hands them to one op call a device."""
+
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+
+from . import _library  # noqa: F401  registers torch.ops.fused_lars
+
+__all__ = ["LARS"]
+
+# Hyperparameters of a group, by the names that the op has for them.
+_HYPERPARAMETERS = (
+    "lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening",
+    "nesterov", "maximize", "trust_clip", "layer_adaptation", "classic_momentum", "master_weights",
+)  # fmt: skip
+_get_hyperparameters = itemgetter(*_HYPERPARAMETERS)
+
+# How this process computes a step. A checkpoint of another process does not change it.
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class LARS(Optimizer):
+    r"""Implements layer-wise adaptive rate scaling (LARS) with fused kernels.
+
+    For a parameter :math:`w`, its gradient and its momentum buffer :math:`v`, with the L2 norm
+    :math:`|\cdot|` of the whole parameter (of the global tensor where it is a ``DTensor``):
+
+    .. math::
+        g' &= (\text{maximize} ? -g : g) / \text{grad\_scale} \\
+        q  &= \text{trust\_coefficient} \cdot |w| / (|g'| + \text{weight\_decay} \cdot |w| + \text{eps})
+              \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is } 0) \\
+        u  &= q \cdot (g' + \text{weight\_decay} \cdot w)
+
+    .. math::
+        \text{classic\_momentum:}\quad  v &= \text{momentum} \cdot v + \text{lr} \cdot u, &
+             w &= w - (\text{nesterov} ? \text{momentum} \cdot v + \text{lr} \cdot u : v) \\
+        \text{otherwise:}\quad  v &= \text{momentum} \cdot v + (1 - \text{dampening}) \cdot u, &
+             w &= w - \text{lr} \cdot (\text{nesterov} ? u + \text{momentum} \cdot v : v)
+
+    from You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
+    algorithm 1. The two momentum conventions give the same steps while lr is constant. When lr changes, the
+    classic one (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the other
+    one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
+
+    Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in fp32.
+    Every argument below except ``params`` can be overridden in a parameter group.
+
+    Args:
+        params (iterable): parameters, named parameters, or dicts of parameter groups; see
+            :func:`fused_lars.param_groups`.
+        lr (float or Tensor): learning rate, finite and >= 0. A Tensor has one element; the kernels read it on
+            its device, so a captured CUDA graph follows its changes. Default: 1.0.
+        momentum (float): in [0, 1). At 0 no momentum buffer is kept. Default: 0.
+        weight_decay (float): finite and >= 0; part of the update and of the trust ratio. Default: 0.
+        trust_coefficient (float): finite and > 0. Default: 0.001.
+        eps (float): added to the trust ratio's denominator, finite and >= 0. Default: 0.
+        dampening (float): in [0, 1]; with ``classic_momentum=False`` only. The first update applied to a parameter
+            is not damped, as in torch. Default: 0.
+        nesterov (bool): Nesterov momentum; needs a momentum and no dampening. Default: False.
+        maximize (bool): maximize the objective: the gradient is negated first. Default: False.
+        trust_clip (bool): use ``min(q / lr, 1)`` for q, as LARC does. Default: False.
+        layer_adaptation (bool): False sets q to 1: momentum SGD, meant for bias and normalisation parameters.
+            Default: True.
+        classic_momentum (bool): the momentum convention, see above. Default: True.
+        master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or bf16
+            parameter; the update is applied to the copy and rounded to the parameter. Default: False.
+        foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
+        capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
+        differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
+        fused (bool, optional): None takes the fused kernels where the device has them and ordinary operators
+            elsewhere; True makes a parameter without a fused kernel an error; False never takes them.
+
+    Raises:
+        ValueError: a value out of range, options that exclude each other, an empty parameter list, or, in
+            :meth:`step`, tensors that do not fit together. Nothing has changed then.
+        RuntimeError: ``fused=True`` for a parameter that has no fused kernel, or together with ``foreach`` or
+            ``differentiable``.
+
+    State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
+    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A gradient that
+    holds NaN or inf reaches the weights as in ``torch.optim.SGD``, unless a ``GradScaler`` found it: then the step
+    changes nothing.
+
+    Example:
+        >>> optimizer = fused_lars.LARS(fused_lars.param_groups(model, weight_decay=1e-4), lr=10.0, momentum=0.9)
+        >>> model(inputs).sum().backward()
+        >>> optimizer.step()
+
+    .. _Large Batch Training of Convolutional Networks: https://arxiv.org/abs/1708.03888
+    """
+
+    # GradScaler leaves the unscaling and the skipping to step(): the kernels do both.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        *,
+        eps: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        trust_clip: bool = False,
+        layer_adaptation: bool = True,
+        classic_momentum: bool = True,
+        master_weights: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize,
+            trust_clip=trust_clip,
+            layer_adaptation=layer_adaptation,
+            classic_momentum=classic_momentum,
+            master_weights=master_weights,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        _check_group(defaults)
+        self._scratch: dict[tuple[torch.device, bool], _Scratch] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._scratch = {}
+        # Groups of a checkpoint that an older version wrote.
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group) -> None:
+        """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
+
+        Raises:
+            ValueError, RuntimeError: as the constructor does.
+        """
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            _check_group(group)
+            if group["fused"]:
+                params = param_group["params"]
+                param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+                _check_fused(params)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict) -> None:
+        """Loads a state of LARS, in torch's format.
+
+        Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and ``fused`` stay
+        those of this optimizer. fp32 state of fp16 and bf16 parameters stays fp32, bit for bit.
+
+        Raises:
+            ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed then.
+        """
+        implementations = [{name: group[name] for name in _IMPLEMENTATION} for group in self.param_groups]
+        loaded = {}
+
+        # Hooks, so that hooks of users before and after see what they would see without ours.
+        def check(_, state_dict) -> None:
+            loaded.update(state_dict)
+            self._check_state_dict(state_dict)
+
+        def restore(_) -> None:
+            for group, implementation in zip(self.param_groups, implementations):
+                group.update(implementation)
+            # The base class has cast floating-point state to the parameter's dtype.
+            for saved_id, param in self._saved_ids(loaded):
+                for key, value in loaded["state"].get(saved_id, {}).items():
+                    if isinstance(value, Tensor):
+                        exact = key == "step" or value.dtype == torch.float32
+                        self.state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _saved_ids(self, state_dict):
+        """Pairs of a parameter's id in a state_dict and the parameter."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        return zip(saved, (p for group in self.param_groups for p in group["params"]))
+
+    def _check_state_dict(self, state_dict) -> None:
+        for index, group in enumerate(state_dict["param_groups"]):
+            if "trust_coefficient" not in group:
+                raise ValueError(
+                    f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
+                    f"only {sorted(k for k in group if k != 'params')}"
+                )
+            _check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
+        for saved_id, param in self._saved_ids(state_dict):
+            for key in ("momentum_buffer", "master_param"):
+                value = state_dict["state"].get(saved_id, {}).get(key)
+                if isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}; "
+                        f"expected the shape of the parameter, {tuple(param.shape)}"
+                    )
+
+    def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
+        """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
+        has_momentum = group["momentum"] != 0
+        has_step = has_momentum and group["dampening"] != 0
+        master_weights = group["master_weights"]
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            params.append(p)
+            grads.append(grad)
+            if not has_momentum and not master_weights:
+                continue
+            state = self.state[p]
+            has_master = master_weights and p.dtype in (torch.float16, torch.bfloat16)
+            if has_master:
+                if "master_param" not in state:
+                    state["master_param"] = p.detach().to(torch.float32)
+                master_params.append(state["master_param"])
+            if has_momentum:
+                if "momentum_buffer" not in state:
+                    # Zeros, so that a first step that AMP skips leaves a valid buffer.
+                    dtype = torch.float32 if has_master else p.dtype
+                    state["momentum_buffer"] = torch.zeros_like(
+                        p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                    )
+                momentum_buffers.append(state["momentum_buffer"])
+            if has_step:
+                if "step" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                steps.append(state["step"])
+
+    @_use_grad_for_differentiable
+    def step(self, closure=None):
+        """Performs one step, in place.
+
+        All groups go to one op call for each device. Parameters without a gradient are left alone.
+
+        Args:
+            closure (callable, optional): reevaluates the model with grad enabled and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse layout).
+                Nothing on that device has changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        calls: dict[tuple[torch.device, bool], _Call] = {}
+        for group in self.param_groups:
+            lists = ([], [], [], [], [])
+            self._init_group(group, *lists)
+            reference = bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
+            devices = list(dict.fromkeys([p.device for p in lists[0]]))
+            for device in devices:
+                call = calls.setdefault((device, reference), _Call())
+                if len(devices) == 1:
+                    call.add(group, lists)
+                else:
+                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
+
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        for key, call in calls.items():
+            # Scratch is no part of a traced program: there the op makes its own.
+            scratch = None if torch.compiler.is_compiling() else self._scratch_of(key, call.params)
+            call.run(key, grad_scale, found_inf, scratch)
+        return loss
+
+    def _scratch_of(self, key, params) -> "_Scratch":
+        ids = [*map(id, params)]
+        scratch = self._scratch.get(key)
+        if scratch is None or scratch.param_ids != ids:
+            scratch = self._scratch[key] = _Scratch(key[0], params, ids)
+        return scratch
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """The trust ratio q that the last step used, of every parameter that had a gradient.
+
+        Returns:
+            A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has no
+            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a ``GradScaler`` skipped
+            leaves the ratios of the step before. Steps that ran under ``torch.compile`` are not recorded.
+        """
+        ratios: dict[Tensor, Tensor] = {}
+        for scratch in self._scratch.values():
+            # A copy, since the next step overwrites the tensor.
+            ratios.update(zip(scratch.params, scratch.trust_ratios.clone().unbind()))
+        return ratios
+
+
+class _Call:
+    """The lists of one op call: all parameters on one device, group after group."""
+
+    def __init__(self) -> None:
+        self.params, self.grads, self.momentum_buffers, self.master_params, self.steps = (
+            [] for _ in range(5)
+        )
+        self.group_sizes: list[int] = []
+        self.hyperparameters: list[tuple] = []
+
+    def add(self, group, lists) -> None:
+        params, grads, momentum_buffers, master_params, steps = lists
+        self.params += params
+        self.grads += grads
+        self.momentum_buffers += momentum_buffers
+        self.master_params += master_params
+        self.steps += steps
+        self.group_sizes.append(len(params))
+        self.hyperparameters.append(_get_hyperparameters(group))
+
+    def run(self, key, grad_scale, found_inf, scratch) -> None:
+        device, reference = key
+        values = dict(zip(_HYPERPARAMETERS, map(list, zip(*self.hyperparameters))))
+        overload = "default"
+        if any(isinstance(lr, Tensor) for lr in values["lr"]):
+            overload = "tensor_lr"
+            values["lr"] = [_lr_tensor(lr, device) for lr in values["lr"]]
+        op = torch.ops.fused_lars.reference_step_ if reference else torch.ops.fused_lars.step_
+        getattr(op, overload)(
+            self.params,
+            self.grads,
+            self.momentum_buffers,
+            self.master_params,
+            self.steps,
+            self.group_sizes,
+            **values,
+            grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+            found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
+            trust_ratios=None if scratch is None else scratch.trust_ratios,
+            workspace=None if scratch is None else scratch.workspace,
+        )
+
+
+class _Scratch:
+    """Tensors that one op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
+
+    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
+        self.params = list(params)
+        self.param_ids = param_ids
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
+        # Resized by the op to what it needs.
+        self.workspace = torch.zeros(0, dtype=torch.int32, device=device)
+
+
+def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
+    """An lr as the op's tensor_lr overload takes it: on the CPU or on the parameters' device."""
+    if not isinstance(lr, Tensor):
+        return torch.tensor(lr, dtype=torch.float64)
+    return lr if lr.device.type == "cpu" else lr.to(device, non_blocking=True)
+
+
+def _check_group(group) -> None:
+    """Checks a group's options, defaults filled in."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}")
+        # The value of a tensor on an accelerator is not read: that would wait for the device.
+        lr = lr.item() if lr.device.type == "cpu" else 0.0
+    torch.ops.fused_lars.check_hyperparameters.default(
+        lr, *(group[name] for name in _HYPERPARAMETERS[1:7]), group["classic_momentum"]
+    )
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+
+
+def _check_fused(params) -> None:
+    for index, param in enumerate(params):
+        if isinstance(param, tuple):
+            index, param = param
+        if not isinstance(param, Tensor):
+            continue  # the base class has the error
+        if param.dtype not in _FUSED_DTYPES:
+            raise RuntimeError(
+                f"`fused=True`: parameter {index} has dtype {param.dtype}; allowed: {', '.join(map(str, _FUSED_DTYPES))}"
+            )
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(param.device.type)
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key):
+            raise RuntimeError(
+                f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused kernel; "
+                "fused_lars.show_config() says what was built"
+            )
