@@ -171,11 +171,11 @@ void check_norm_arguments(at::TensorList params, at::TensorList grads) {
     const auto index = static_cast<int64_t>(i);
     FUSED_LARS_CHECK(params[i].defined(), InvalidTensor, Name{"params", index}, " is undefined");
     check_param(params[i], index, params[0].device());
-    // Norms are wanted of fp32 masters with their parameters' gradients too.
+    const auto dtype = params[i].scalar_type();
+    // An fp32 param may be the master of an fp16 or bf16 one, whose gradient it gets.
     FUSED_LARS_CHECK(grads[i].defined(), InvalidTensor, Name{"grads", index}, " is undefined");
-    FUSED_LARS_CHECK(is_parameter_dtype(grads[i].scalar_type()), InvalidTensor, Name{"grads", index},
-                     " has dtype ", grads[i].scalar_type(), "; allowed: Float, Double, Half, BFloat16");
-    check_companion(grads[i], {"grads", index}, params[i], grads[i].scalar_type(), grads[i].scalar_type());
+    const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
+    check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);
   }
 }
 

@@ -19,7 +19,8 @@ namespace fused_lars {
 namespace {
 
 constexpr int64_t kTile = 4096;                   // elements
-constexpr int64_t kTilesPerThread = 8;            // not worth a thread of its own below that
+constexpr int64_t kTilesPerThread = 8;             // not worth a thread of its own below that
+constexpr int64_t kTilesPerStretch = 16;           // 512 KiB of fp32 weights and gradients
 constexpr int64_t kCacheBytesPerThread = 1 << 20;  // of weights and gradients; half of a common L2
 
 ElementPointer element_pointer(const at::Tensor& tensor) {
@@ -37,11 +38,6 @@ ElementPointer element_pointer(const at::Tensor& tensor) {
 }
 
 int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
-
-struct SquaredNorms {
-  double weight = 0.0;
-  double grad = 0.0;
-};
 
 // One tensor of a batch.
 struct Work {
@@ -78,8 +74,8 @@ class Batch {
     const auto& kernels = tile_kernels();
     for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
       if (!work.needs_norms) return;
-      partials_[work.first_tile + tile] = {kernels.squared_norm(work.weight, offset, count),
-                                           kernels.squared_norm(work.grad, offset, count)};
+      const auto norms = work.weight.element == Element::f64 ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
+      partials_[work.first_tile + tile] = norms(work.weight, work.grad, offset, count);
     });
     for (size_t k = 0; k < work_.size(); ++k) {
       const int64_t first = work_[k].first_tile;
@@ -92,19 +88,23 @@ class Batch {
   }
 
   // Calls f(work, tile, offset, count) for every tile of the batch, in parallel. A thread gets the same run
-  // of tiles in every call and walks it forwards, or backwards where `reversed`.
+  // of tiles in every call. Where `reversed`, it takes the end of its run first, in stretches long enough for
+  // the processor's prefetching.
   template <typename F>
   void for_tiles(F f, bool reversed = false) const {
     at::parallel_for(0, tiles_, kTilesPerThread, [&](int64_t begin, int64_t end) {
-      const auto after = [](int64_t tile, const Work& work) { return tile < work.first_tile; };
-      auto work = std::upper_bound(work_.begin(), work_.end(), reversed ? end - 1 : begin, after) - 1;
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t global = reversed ? begin + (end - 1 - k) : k;
-        while (global < work->first_tile) --work;
-        while (global - work->first_tile >= tiles_of(work->numel)) ++work;
-        const int64_t tile = global - work->first_tile;
-        const int64_t offset = tile * kTile;
-        f(*work, tile, offset, std::min(kTile, work->numel - offset));
+      const int64_t stretch = reversed ? kTilesPerStretch : end - begin;
+      for (int64_t done = 0; done < end - begin; done += stretch) {
+        const int64_t first = reversed ? std::max(begin, end - done - stretch) : begin;
+        const int64_t last = end - done;
+        const auto after = [](int64_t tile, const Work& work) { return tile < work.first_tile; };
+        auto work = std::upper_bound(work_.begin(), work_.end(), first, after) - 1;
+        for (int64_t k = first; k < last; ++k) {
+          while (k - work->first_tile >= tiles_of(work->numel)) ++work;
+          const int64_t tile = k - work->first_tile;
+          const int64_t offset = tile * kTile;
+          f(*work, tile, offset, std::min(kTile, work->numel - offset));
+        }
       }
     });
   }

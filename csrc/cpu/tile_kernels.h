@@ -18,6 +18,11 @@ struct ElementPointer {
   Element element = Element::f32;
 };
 
+struct SquaredNorms {
+  double weight = 0.0;
+  double grad = 0.0;
+};
+
 // What update_tile reads and writes, each a run of the same number of elements.
 struct UpdateTile {
   ElementPointer weight;           // read and written: the master where there is one
@@ -27,9 +32,11 @@ struct UpdateTile {
 };
 
 struct TileKernels {
-  // The sum of squares of `count` elements at x + offset. fp64 elements are summed in fp64, others in fp32
-  // in a fixed number of lanes, whatever the vector width, so the bits do not depend on the processor.
-  double (*squared_norm)(ElementPointer x, int64_t offset, int64_t count);
+  // The sums of squares of `count` elements of a weight and its gradient from `offset`, in fp32 or, for fp64
+  // weights, in fp64; in a fixed number of lanes whatever the vector width, so the bits do not depend on the
+  // processor.
+  SquaredNorms (*squared_norms_f32)(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
+  SquaredNorms (*squared_norms_f64)(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
   void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
   void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);
