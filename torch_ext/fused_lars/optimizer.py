@@ -280,13 +280,14 @@ class LARS(Optimizer):
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
             reference = bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
-            devices = list(dict.fromkeys([p.device for p in lists[0]]))
+            devices = {p.device: None for p in lists[0]}  # in order, for every rank and every run
             for device in devices:
-                call = calls.setdefault((device, reference), _Call())
-                if len(devices) == 1:
-                    call.add(group, lists)
-                else:
-                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
+                key = (device, reference)
+                call = calls.get(key)
+                if call is None:
+                    call = calls[key] = _Call()
+                one_device = len(devices) == 1
+                call.add(group, lists if one_device else [[t for t in x if t.device == device] for x in lists])
 
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
