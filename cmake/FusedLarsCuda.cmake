@@ -1,0 +1,127 @@
+# Decides whether the CUDA part is built, with which toolkit and for which GPUs, and enables the CUDA language.
+# Sets FUSED_LARS_WITH_CUDA, and FUSED_LARS_CUDA_CONFIG for show_config().
+#
+# FUSED_LARS_CUDA, as an option or in the environment: 1 makes it an error where the CUDA part cannot be built,
+# 0 skips it; otherwise it is built where LibTorch is a CUDA build and a toolkit of its major version is found.
+# TORCH_CUDA_ARCH_LIST, likewise: "8.0;9.0+PTX".
+
+set(FUSED_LARS_CUDA "" CACHE STRING "1: CUDA or an error, 0: CPU only, empty: CUDA where possible")
+if(FUSED_LARS_CUDA STREQUAL "")
+  set(FUSED_LARS_CUDA "$ENV{FUSED_LARS_CUDA}")
+endif()
+
+# The first nvcc of the wanted major version that finds its headers, or why there is none. A toolkit that was
+# asked for is the only candidate. The one that pip puts beside torch comes next: it has torch's very version.
+function(fused_lars_find_nvcc major nvcc_variable reason_variable)
+  set(reason "no nvcc found (CUDACXX, CUDA_HOME, beside torch, PATH, /usr/local/cuda)")
+  find_program(on_path nvcc NO_CACHE)
+  set(candidates "${CMAKE_CUDA_COMPILER}")
+  if(NOT candidates)
+    set(candidates "$ENV{CUDACXX}")
+  endif()
+  if(NOT candidates AND DEFINED ENV{CUDA_HOME})
+    set(candidates "$ENV{CUDA_HOME}/bin/nvcc")
+  endif()
+  if(NOT candidates)
+    get_filename_component(site_packages "${FUSED_LARS_TORCH_ROOT}/.." ABSOLUTE)
+    set(candidates "${site_packages}/nvidia/cu${major}/bin/nvcc"
+        "/usr/local/cuda-${FUSED_LARS_TORCH_CUDA_VERSION}/bin/nvcc" ${on_path} /usr/local/cuda/bin/nvcc)
+  endif()
+  set(probe "${CMAKE_CURRENT_BINARY_DIR}/probe.cu")
+  file(WRITE "${probe}" "#include <cub/block/block_reduce.cuh>\n")
+  foreach(nvcc IN LISTS candidates)
+    if(NOT EXISTS "${nvcc}")
+      continue()
+    endif()
+    execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_QUIET)
+    if(NOT text MATCHES "release (([0-9]+)\\.[0-9]+)")
+      set(reason "${nvcc} does not run")
+    elseif(NOT CMAKE_MATCH_2 STREQUAL major)
+      set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, torch is built for CUDA ${FUSED_LARS_TORCH_CUDA_VERSION}")
+    else()
+      execute_process(COMMAND "${nvcc}" -std=c++17 -E "${probe}" RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
+      if(NOT failed)
+        set(${nvcc_variable} "${nvcc}" PARENT_SCOPE)
+        return()
+      endif()
+      set(reason "${nvcc} does not find cuda_runtime.h and cub (pip: cuda-toolkit[nvcc,cccl,cudart])")
+    endif()
+  endforeach()
+  set(${reason_variable} "${reason}" PARENT_SCOPE)
+endfunction()
+
+# "8.0;9.0+PTX" as CMake wants it: 80-real;90.
+function(fused_lars_cuda_architectures list architectures_variable)
+  string(REGEX REPLACE "[ ,]+" ";" list "${list}")
+  set(architectures "")
+  foreach(entry IN LISTS list)
+    if(NOT entry MATCHES "^([0-9]+)\\.([0-9][af]?)(\\+PTX)?$")
+      message(FATAL_ERROR "fused_lars: TORCH_CUDA_ARCH_LIST has ${entry}; allowed: numbers such as 9.0 and 9.0+PTX")
+    elseif(CMAKE_MATCH_3)
+      list(APPEND architectures "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    else()
+      list(APPEND architectures "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real")
+    endif()
+  endforeach()
+  set(${architectures_variable} "${architectures}" PARENT_SCOPE)
+endfunction()
+
+set(FUSED_LARS_WITH_CUDA OFF)
+set(FUSED_LARS_CUDA_CONFIG "none, CPU only")
+string(REGEX MATCH "^[0-9]+" FUSED_LARS_CUDA_MAJOR "${FUSED_LARS_TORCH_CUDA_VERSION}")
+set(_fused_lars_nvcc "")
+if(FUSED_LARS_CUDA STREQUAL "0")
+  set(_fused_lars_reason "FUSED_LARS_CUDA=0")
+elseif(NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/kernels")
+  set(_fused_lars_reason "there is no kernels/ yet")
+elseif(NOT FUSED_LARS_CUDA_MAJOR)
+  set(_fused_lars_reason "torch ${FUSED_LARS_TORCH_VERSION} is a CPU build")
+else()
+  fused_lars_find_nvcc("${FUSED_LARS_CUDA_MAJOR}" _fused_lars_nvcc _fused_lars_reason)
+endif()
+if(NOT _fused_lars_nvcc)
+  if(FUSED_LARS_CUDA STREQUAL "1")
+    message(FATAL_ERROR "fused_lars: FUSED_LARS_CUDA=1, but ${_fused_lars_reason}")
+  endif()
+  message(STATUS "fused_lars: CPU only, no CUDA: ${_fused_lars_reason}")
+  return()
+endif()
+
+set(FUSED_LARS_WITH_CUDA ON)
+set(CMAKE_CUDA_COMPILER "${_fused_lars_nvcc}")
+# The runtime is linked by its full path: the pip toolkit has no libcudart.so, only libcudart.so.13.
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+# CMake links a program to see that nvcc works. nvcc looks in lib64, which the pip toolkit calls lib.
+get_filename_component(_fused_lars_toolkit_lib "${_fused_lars_nvcc}/../../lib" ABSOLUTE)
+set(_fused_lars_cuda_flags "${CMAKE_CUDA_FLAGS}")
+set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -L\"${_fused_lars_toolkit_lib}\"")
+enable_language(CUDA)
+set(CMAKE_CUDA_FLAGS "${_fused_lars_cuda_flags}")
+
+if(NOT TORCH_CUDA_ARCH_LIST)
+  set(TORCH_CUDA_ARCH_LIST "$ENV{TORCH_CUDA_ARCH_LIST}")
+endif()
+if(NOT TORCH_CUDA_ARCH_LIST)
+  # One architecture of each generation: machine code runs on later members of it (8.0 on 8.6 and 8.9).
+  set(TORCH_CUDA_ARCH_LIST "7.5;8.0;9.0+PTX")
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    set(TORCH_CUDA_ARCH_LIST "7.5;8.0;9.0;10.0;12.0+PTX")
+  endif()
+endif()
+fused_lars_cuda_architectures("${TORCH_CUDA_ARCH_LIST}" CMAKE_CUDA_ARCHITECTURES)
+string(REPLACE ";" " " FUSED_LARS_CUDA_CONFIG "${CMAKE_CUDA_COMPILER_VERSION} for ${TORCH_CUDA_ARCH_LIST}")
+message(STATUS "fused_lars: CUDA ${FUSED_LARS_CUDA_CONFIG}, ${_fused_lars_nvcc}")
+
+# The runtime that torch itself loads, where it lies beside torch.
+find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_DEFAULT_PATH HINTS
+  "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/lib"
+  "${FUSED_LARS_TORCH_ROOT}/../nvidia/cuda_runtime/lib" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}
+  PATH_SUFFIXES ../lib ../lib64 "../lib/${CMAKE_LIBRARY_ARCHITECTURE}")
+if(NOT FUSED_LARS_CUDART)
+  message(FATAL_ERROR "fused_lars: libcudart.so.${FUSED_LARS_CUDA_MAJOR} not found beside torch or ${_fused_lars_nvcc}")
+endif()
+add_library(fused_lars::torch_cuda INTERFACE IMPORTED)
+set_target_properties(fused_lars::torch_cuda PROPERTIES
+  INTERFACE_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}"
+  INTERFACE_LINK_LIBRARIES "${FUSED_LARS_TORCH_ROOT}/lib/libtorch_cuda.so;${FUSED_LARS_TORCH_ROOT}/lib/libc10_cuda.so;${FUSED_LARS_CUDART}")
