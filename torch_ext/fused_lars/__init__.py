@@ -2,10 +2,10 @@
 
 import torch
 
-from . import _library  # noqa: F401  registers the ops
+from ._library import __version__, cmake_prefix_path, show_config
 from .optimizer import LARS
 from .param_groups import param_groups
 
 ops = torch.ops.fused_lars
 
-__all__ = ["LARS", "ops", "param_groups"]
+__all__ = ["LARS", "__version__", "cmake_prefix_path", "ops", "param_groups", "show_config"]

@@ -4,17 +4,52 @@ from pathlib import Path
 
 import torch
 
-_PATH = Path(__file__).parent / "lib" / "libfused_lars.so"
+_LIB = Path(__file__).parent / "lib"
+_INSTALL = "pip install --no-build-isolation ."
 
-if not _PATH.exists():
-    raise ImportError(
-        f"{_PATH} is missing: the package was not built. Run `make build` in a checkout, "
-        "or `pip install --no-build-isolation .`"
+
+def _load() -> None:
+    library = _LIB / "libfused_lars.so"
+    if not library.is_file():
+        raise ImportError(
+            f"{library} is missing: the C++ part is not built. In a checkout run `make build`; otherwise install "
+            f"the package with `{_INSTALL}`"
+        )
+    # C++ libraries hold for one series of torch, 2.14 say; a wrong one may load and fail later.
+    built_for = (_LIB / "torch-version.txt").read_text().strip()
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(
+            f"fused_lars was built for torch {built_for}, but this is torch {torch.__version__}. Build it again "
+            f"with this torch: `{_INSTALL}` (in a checkout: `make build`)"
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"{library}, built for torch {built_for}, does not load with torch {torch.__version__} (CUDA "
+            f"{torch.version.cuda}): {error}. Build it again with this torch: `{_INSTALL}` (in a checkout: `make build`)"
+        ) from error
+
+
+_load()
+_config = torch.ops.fused_lars.config()
+
+__version__: str = _config["version"]
+
+# For CMake: -DCMAKE_PREFIX_PATH of find_package(fused_lars), as torch.utils.cmake_prefix_path is for Torch.
+cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
+
+
+def show_config() -> str:
+    """What the library was built from and what it uses on this machine.
+
+    Returns:
+        Lines of text: the version, the torch and the CUDA (with its architectures) that it was built with, and the
+        instruction set that the CPU step has chosen.
+    """
+    return (
+        f"fused_lars {__version__}\n"
+        f"torch: {_config['torch']}\n"
+        f"CUDA: {_config['cuda']}\n"
+        f"CPU: {_config['simd']}, {torch.get_num_threads()} threads"
     )
-try:
-    torch.ops.load_library(_PATH)
-except OSError as error:
-    raise ImportError(
-        f"{_PATH} does not load beside torch {torch.__version__}; it was probably built for another version. "
-        "Build again: `pip install --no-build-isolation --force-reinstall --no-deps .`"
-    ) from error
