@@ -17,7 +17,9 @@ _NORMALISATION = (
 def _is_bias_or_norm(module: nn.Module, name: str) -> bool:
     # Normalisation layers that models bring along (LlamaRMSNorm, FrozenBatchNorm2d) are known by their name only.
     is_norm = isinstance(module, _NORMALISATION) or "Norm" in type(module).__name__
-    return is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+    return (
+        is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+    )
 
 
 def param_groups(
@@ -45,7 +47,9 @@ def param_groups(
                 continue
             seen.add(param)
             full_name = f"{prefix}.{name}" if prefix else name
-            excluded = _is_bias_or_norm(module, name) or (exclude is not None and exclude(full_name, param))
+            excluded = _is_bias_or_norm(module, name) or (
+                exclude is not None and exclude(full_name, param)
+            )
             (others if excluded else weights).append((full_name, param))
     return [
         {"params": weights, "weight_decay": weight_decay},
