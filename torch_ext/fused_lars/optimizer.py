@@ -1,6 +1,7 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state, and hands them to one op call a device."""
 
 import re
+from functools import partial
 from operator import itemgetter
 
 import torch
@@ -20,6 +21,9 @@ _get_hyperparameters = itemgetter(*_HYPERPARAMETERS)
 
 # How this process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+
+# The op's kernel for meta tensors checks its arguments and does nothing else.
+_META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -282,7 +286,7 @@ class LARS(Optimizer):
 
         Raises:
             ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse layout).
-                Nothing on that device has changed then.
+                Nothing has changed then.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -323,11 +327,15 @@ class LARS(Optimizer):
         self._scratch = {
             key: self._scratch_of(key, call.params) for key, call in calls.items()
         }
-        for key, call in calls.items():
-            try:
-                call.run(key, grad_scale, found_inf, self._scratch[key])
-            except ValueError as error:
-                raise ValueError(f"{error}{self._whose(call, str(error))}") from None
+        # A step of several calls is checked as a whole before the first of them writes.
+        for check_only in (True, False) if len(calls) > 1 else (False,):
+            for key, call in calls.items():
+                try:
+                    call.run(key, grad_scale, found_inf, self._scratch[key], check_only)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error}{self._whose(call, str(error))}"
+                    ) from None
         return loss
 
     def _whose(self, call, message) -> str:
@@ -395,7 +403,7 @@ class _Call:
         self.group_sizes.append(len(params))
         self.hyperparameters.append(_get_hyperparameters(group))
 
-    def run(self, key, grad_scale, found_inf, scratch) -> None:
+    def run(self, key, grad_scale, found_inf, scratch, check_only=False) -> None:
         device, reference = key
         values = dict(zip(_HYPERPARAMETERS, map(list, zip(*self.hyperparameters))))
         overload = "default"
