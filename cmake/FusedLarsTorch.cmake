@@ -2,37 +2,48 @@
 # installed fused_lars-config.cmake. It does not call find_package(Torch), because the CMake package of a
 # CUDA build of torch refuses on a machine without a CUDA toolkit, which nothing here needs to link it.
 #
-# LibTorch is looked for where Torch_DIR says, on CMAKE_PREFIX_PATH, then in the Python on the PATH
-# (or Python3_EXECUTABLE), which need not import it. Sets FUSED_LARS_TORCH_ROOT, FUSED_LARS_TORCH_VERSION
-# and FUSED_LARS_TORCH_CUDA_VERSION (empty for a CPU build).
+# LibTorch is looked for where Torch_DIR says, then in the Python of Python3_EXECUTABLE, on CMAKE_PREFIX_PATH, in
+# FUSED_LARS_TORCH_HINTS, and in the Python on the PATH. Torch is not imported for it. Sets FUSED_LARS_TORCH_ROOT,
+# FUSED_LARS_TORCH_VERSION and FUSED_LARS_TORCH_CUDA_VERSION (empty for a CPU build).
 
 if(TARGET fused_lars::torch)
   return()
 endif()
 
-find_path(FUSED_LARS_TORCH_CMAKE_DIR TorchConfig.cmake HINTS "${Torch_DIR}" ${FUSED_LARS_TORCH_HINTS}
-          PATH_SUFFIXES share/cmake/Torch Torch)
-if(NOT FUSED_LARS_TORCH_CMAKE_DIR)
-  find_program(Python3_EXECUTABLE NAMES python3 python)
-  if(Python3_EXECUTABLE)
-    execute_process(
-      COMMAND "${Python3_EXECUTABLE}" -c
-              "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
-      OUTPUT_VARIABLE _fused_lars_torch OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+function(fused_lars_torch_of_python python dir_variable)
+  execute_process(
+    COMMAND "${python}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+    OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  if(root)
+    set(${dir_variable} "${root}/share/cmake/Torch" PARENT_SCOPE)
   endif()
-  find_path(FUSED_LARS_TORCH_CMAKE_DIR TorchConfig.cmake HINTS "${_fused_lars_torch}/share/cmake/Torch")
+endfunction()
+
+# Not cached, so that a build folder follows the Python that it is told.
+set(_fused_lars_dir "${Torch_DIR}")
+if(NOT _fused_lars_dir AND Python3_EXECUTABLE)
+  fused_lars_torch_of_python("${Python3_EXECUTABLE}" _fused_lars_dir)
 endif()
-if(NOT FUSED_LARS_TORCH_CMAKE_DIR)
-  message(FATAL_ERROR "fused_lars: LibTorch not found. Install torch for ${Python3_EXECUTABLE}, or give "
-                      "-DCMAKE_PREFIX_PATH=`python3 -c 'import torch; print(torch.utils.cmake_prefix_path)'`.")
+if(NOT _fused_lars_dir)
+  unset(_fused_lars_dir)
+  find_path(_fused_lars_dir TorchConfig.cmake HINTS ${FUSED_LARS_TORCH_HINTS} PATH_SUFFIXES share/cmake/Torch Torch
+            NO_CACHE)
 endif()
-get_filename_component(FUSED_LARS_TORCH_ROOT "${FUSED_LARS_TORCH_CMAKE_DIR}/../../.." ABSOLUTE)
+if(NOT _fused_lars_dir)
+  find_program(_fused_lars_python NAMES python3 python NO_CACHE)
+  fused_lars_torch_of_python("${_fused_lars_python}" _fused_lars_dir)
+endif()
+if(NOT EXISTS "${_fused_lars_dir}/TorchConfig.cmake")
+  message(FATAL_ERROR "fused_lars: LibTorch not found, looked in \"${_fused_lars_dir}\". Install torch, or give "
+                      "-DCMAKE_PREFIX_PATH=`python3 -c 'import torch; print(torch.utils.cmake_prefix_path)'`")
+endif()
+get_filename_component(FUSED_LARS_TORCH_ROOT "${_fused_lars_dir}/../../.." ABSOLUTE)
 
 # A wheel says what it is in version.py, a LibTorch archive in build-version: 2.14.1+cu130.
 set(FUSED_LARS_TORCH_CUDA_VERSION "")
 if(EXISTS "${FUSED_LARS_TORCH_ROOT}/version.py")
   file(READ "${FUSED_LARS_TORCH_ROOT}/version.py" _fused_lars_text)
-  string(REGEX MATCH "__version__ = '([^']+)'" _ "${_fused_lars_text}")
+  string(REGEX MATCH "__version__ = '([^']+)'" _fused_lars_match "${_fused_lars_text}")
   set(FUSED_LARS_TORCH_VERSION "${CMAKE_MATCH_1}")
   if(_fused_lars_text MATCHES "cuda[^=\n]*= '([0-9.]+)'")
     set(FUSED_LARS_TORCH_CUDA_VERSION "${CMAKE_MATCH_1}")
@@ -50,10 +61,12 @@ set_target_properties(fused_lars::torch PROPERTIES
   INTERFACE_COMPILE_FEATURES cxx_std_20
   INTERFACE_INCLUDE_DIRECTORIES
     "${FUSED_LARS_TORCH_ROOT}/include;${FUSED_LARS_TORCH_ROOT}/include/torch/csrc/api/include"
+  # Libraries that only register operators, libtorch_cuda.so and this one, must not be dropped as unused.
+  INTERFACE_LINK_OPTIONS LINKER:--no-as-needed
   INTERFACE_LINK_LIBRARIES
     "${_fused_lars_lib}/libtorch.so;${_fused_lars_lib}/libtorch_cpu.so;${_fused_lars_lib}/libc10.so")
 # Before 2.7 some builds of torch had the old ABI of std::string, and their own CMake package said so.
-file(STRINGS "${FUSED_LARS_TORCH_CMAKE_DIR}/TorchConfig.cmake" _fused_lars_text REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
+file(STRINGS "${_fused_lars_dir}/TorchConfig.cmake" _fused_lars_text REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
 if(_fused_lars_text MATCHES "_GLIBCXX_USE_CXX11_ABI=[01]")
   set_target_properties(fused_lars::torch PROPERTIES INTERFACE_COMPILE_DEFINITIONS "${CMAKE_MATCH_0}")
 endif()

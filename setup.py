@@ -1,0 +1,84 @@
+"""Drives CMake: CMakeLists.txt is the one definition of the build, pyproject.toml has the metadata.
+
+    pip install --no-build-isolation .
+
+builds against the torch that is installed. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def tool(name: str) -> str | None:
+    """The path of a program on the PATH or beside this Python, where pip puts programs."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def version() -> str:
+    return re.search(r"project\(fused_lars VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+
+
+def torch_requirement() -> str:
+    """The series of torch that a wheel built here holds for; without a torch, as for an sdist, any that builds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None:
+        return "torch>=2.6"
+    text = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    return "torch==" + re.search(r"__version__ = '(\d+\.\d+)", text)[1] + ".*"
+
+
+class CMakeBuild(build_ext):
+    """Builds the C++ part and installs it into the package: the one in build_lib, or in a checkout when editable."""
+
+    def run(self) -> None:
+        if importlib.util.find_spec("torch") is None:
+            sys.exit(
+                f"fused_lars is built against the torch that is installed, and {sys.executable} has none. Install "
+                "torch, then run: pip install --no-build-isolation ."
+            )
+        cmake = tool("cmake") or sys.exit("fused_lars needs CMake: pip install cmake ninja")
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "torch_ext" / "fused_lars" if in_place else Path(self.build_lib, "fused_lars").resolve()
+        configure = [cmake, "-S", ROOT, "-B", self.build_temp, f"-DPython3_EXECUTABLE={sys.executable}"]
+        configure += [f"-DCMAKE_INSTALL_PREFIX={package}", f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}"]
+        if ninja := tool("ninja"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", self.build_temp, "--parallel", jobs, "--target", "install"], check=True)
+
+    # setuptools asks about Python extension modules; there are none.
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library knows nothing of Python, so one wheel serves all its versions."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    version=version(),
+    install_requires=[torch_requirement()],
+    ext_modules=[Extension("fused_lars", [])],  # makes the wheel one of a platform
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)
