@@ -49,14 +49,21 @@ class CMakeBuild(build_ext):
             )
         cmake = tool("cmake") or sys.exit("fused_lars needs CMake: pip install cmake ninja")
         in_place = self.inplace or self.editable_mode
-        package = ROOT / "torch_ext" / "fused_lars" if in_place else Path(self.build_lib, "fused_lars").resolve()
+        package = (
+            ROOT / "torch_ext" / "fused_lars" if in_place else Path(self.build_lib, "fused_lars").resolve()
+        )
         configure = [cmake, "-S", ROOT, "-B", self.build_temp, f"-DPython3_EXECUTABLE={sys.executable}"]
-        configure += [f"-DCMAKE_INSTALL_PREFIX={package}", f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}"]
+        configure += [
+            f"-DCMAKE_INSTALL_PREFIX={package}",
+            f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}",
+        ]
         if ninja := tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", self.build_temp, "--parallel", jobs, "--target", "install"], check=True)
+        subprocess.run(
+            [cmake, "--build", self.build_temp, "--parallel", jobs, "--target", "install"], check=True
+        )
 
     # setuptools asks about Python extension modules; there are none.
     def get_source_files(self) -> list[str]:
