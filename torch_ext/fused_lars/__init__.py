@@ -8,11 +8,4 @@ from .param_groups import param_groups
 
 ops = torch.ops.fused_lars
 
-__all__ = [
-    "LARS",
-    "__version__",
-    "cmake_prefix_path",
-    "ops",
-    "param_groups",
-    "show_config",
-]
+__all__ = ["LARS", "__version__", "cmake_prefix_path", "ops", "param_groups", "show_config"]

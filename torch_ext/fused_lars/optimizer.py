@@ -163,9 +163,7 @@ class LARS(Optimizer):
             _check_group(group)
             if group["fused"]:
                 params = param_group["params"]
-                param_group["params"] = params = (
-                    [params] if isinstance(params, Tensor) else list(params)
-                )
+                param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
                 _check_fused(params)
         super().add_param_group(param_group)
 
@@ -178,10 +176,7 @@ class LARS(Optimizer):
         Raises:
             ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed then.
         """
-        implementations = [
-            {name: group[name] for name in _IMPLEMENTATION}
-            for group in self.param_groups
-        ]
+        implementations = [{name: group[name] for name in _IMPLEMENTATION} for group in self.param_groups]
         loaded = {}
 
         # Hooks, so that hooks of users before and after see what they would see without ours.
@@ -197,9 +192,7 @@ class LARS(Optimizer):
                 for key, value in loaded["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
                         exact = key == "step" or value.dtype == torch.float32
-                        self.state[param][key] = value.to(
-                            param.device, value.dtype if exact else param.dtype
-                        )
+                        self.state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
 
         handles = (
             self.register_load_state_dict_pre_hook(check),
@@ -233,9 +226,7 @@ class LARS(Optimizer):
                         f"expected the shape of the parameter, {tuple(param.shape)}"
                     )
 
-    def _init_group(
-        self, group, params, grads, momentum_buffers, master_params, steps
-    ) -> None:
+    def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
         has_momentum = group["momentum"] != 0
         has_step = has_momentum and group["dampening"] != 0
@@ -259,17 +250,12 @@ class LARS(Optimizer):
                     # Zeros, so that a first step that AMP skips leaves a valid buffer.
                     dtype = torch.float32 if has_master else p.dtype
                     state["momentum_buffer"] = torch.zeros_like(
-                        p,
-                        dtype=dtype,
-                        memory_format=torch.preserve_format,
-                        requires_grad=False,
+                        p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                     )
                 momentum_buffers.append(state["momentum_buffer"])
             if has_step:
                 if "step" not in state:
-                    state["step"] = torch.zeros(
-                        (), dtype=torch.float32, device=p.device
-                    )
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
 
     @_use_grad_for_differentiable
@@ -298,24 +284,17 @@ class LARS(Optimizer):
         for group in self.param_groups:
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
-            reference = bool(
-                group["foreach"] or group["differentiable"] or group["fused"] is False
-            )
-            devices = {
-                p.device: None for p in lists[0]
-            }  # in order, for every rank and every run
+            reference = bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
+            devices = {p.device: None for p in lists[0]}
             for device in devices:
                 key = (device, reference)
                 call = calls.get(key)
                 if call is None:
                     call = calls[key] = _Call()
-                one_device = len(devices) == 1
-                call.add(
-                    group,
-                    lists
-                    if one_device
-                    else [[t for t in x if t.device == device] for x in lists],
-                )
+                if len(devices) == 1:
+                    call.add(group, lists)
+                else:
+                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
 
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
@@ -324,18 +303,14 @@ class LARS(Optimizer):
             for key, call in calls.items():
                 call.run(key, grad_scale, found_inf, None)
             return loss
-        self._scratch = {
-            key: self._scratch_of(key, call.params) for key, call in calls.items()
-        }
+        self._scratch = {key: self._scratch_of(key, call.params) for key, call in calls.items()}
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 try:
                     call.run(key, grad_scale, found_inf, self._scratch[key], check_only)
                 except ValueError as error:
-                    raise ValueError(
-                        f"{error}{self._whose(call, str(error))}"
-                    ) from None
+                    raise ValueError(f"{error}{self._whose(call, str(error))}") from None
         return loss
 
     def _whose(self, call, message) -> str:
@@ -346,14 +321,8 @@ class LARS(Optimizer):
         tensor = getattr(call, found[1])[int(found[2])]
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                if any(
-                    tensor is t for t in (p, p.grad, *self.state.get(p, {}).values())
-                ):
-                    name = (
-                        f" {group['param_names'][index]!r},"
-                        if "param_names" in group
-                        else ""
-                    )
+                if any(tensor is t for t in (p, p.grad, *self.state.get(p, {}).values())):
+                    name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
                     return f" (parameter{name} param_groups[{group_index}]['params'][{index}])"
         return ""
 
@@ -383,13 +352,9 @@ class _Call:
     """The lists of one op call: all parameters on one device, group after group."""
 
     def __init__(self) -> None:
-        (
-            self.params,
-            self.grads,
-            self.momentum_buffers,
-            self.master_params,
-            self.steps,
-        ) = ([] for _ in range(5))
+        (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps) = (
+            [] for _ in range(5)
+        )
         self.group_sizes: list[int] = []
         self.hyperparameters: list[tuple] = []
 
@@ -410,12 +375,13 @@ class _Call:
         if any(isinstance(lr, Tensor) for lr in values["lr"]):
             overload = "tensor_lr"
             values["lr"] = [_lr_tensor(lr, device) for lr in values["lr"]]
-        op = (
-            torch.ops.fused_lars.reference_step_
-            if reference
-            else torch.ops.fused_lars.step_
-        )
-        getattr(op, overload)(
+        if check_only:
+            op = partial(getattr(torch.ops.fused_lars.step_, overload).redispatch, _META)
+        else:
+            op = getattr(
+                torch.ops.fused_lars.reference_step_ if reference else torch.ops.fused_lars.step_, overload
+            )
+        op(
             self.params,
             self.grads,
             self.momentum_buffers,
@@ -423,12 +389,8 @@ class _Call:
             self.steps,
             self.group_sizes,
             **values,
-            grad_scale=None
-            if grad_scale is None
-            else grad_scale.to(device, non_blocking=True),
-            found_inf=None
-            if found_inf is None
-            else found_inf.to(device, non_blocking=True),
+            grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+            found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
             trust_ratios=None if scratch is None else scratch.trust_ratios,
             workspace=None if scratch is None else scratch.workspace,
         )
@@ -437,21 +399,13 @@ class _Call:
 class _Scratch:
     """Tensors that one op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
 
-    def __init__(
-        self, device: torch.device, params: list[Tensor], param_ids: list[int], before
-    ) -> None:
+    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int], before) -> None:
         self.params = list(params)
         self.param_ids = param_ids
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.trust_ratios = torch.full(
-            (len(params),), torch.nan, dtype=dtype, device=device
-        )
+        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
         # Resized by the op to what it needs, so that it serves any set of parameters.
-        self.workspace = (
-            before.workspace
-            if before
-            else torch.zeros(0, dtype=torch.int32, device=device)
-        )
+        self.workspace = before.workspace if before else torch.zeros(0, dtype=torch.int32, device=device)
 
 
 def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
@@ -466,9 +420,7 @@ def _check_group(group) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(
-                f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}"
-            )
+            raise ValueError(f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}")
         # The value of a tensor on an accelerator is not read: that would wait for the device.
         lr = lr.item() if lr.device.type == "cpu" else 0.0
     torch.ops.fused_lars.check_hyperparameters.default(
@@ -491,9 +443,7 @@ def _check_fused(params) -> None:
                 f"`fused=True`: parameter {index} has dtype {param.dtype}; allowed: {', '.join(map(str, _FUSED_DTYPES))}"
             )
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(param.device.type)
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(
-            "fused_lars::step_", key
-        ):
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key):
             raise RuntimeError(
                 f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused kernel; "
                 "fused_lars.show_config() says what was built"

@@ -17,16 +17,11 @@ _NORMALISATION = (
 def _is_bias_or_norm(module: nn.Module, name: str) -> bool:
     # Normalisation layers that models bring along (LlamaRMSNorm, FrozenBatchNorm2d) are known by their name only.
     is_norm = isinstance(module, _NORMALISATION) or "Norm" in type(module).__name__
-    return (
-        is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
-    )
+    return is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
 def param_groups(
-    model: nn.Module,
-    weight_decay: float = 0.0,
-    *,
-    exclude: Callable[[str, nn.Parameter], bool] | None = None,
+    model: nn.Module, weight_decay: float = 0.0, *, exclude: Callable[[str, nn.Parameter], bool] | None = None
 ) -> list[dict]:
     """Splits a model's parameters as large-batch recipes do (MLPerf's ResNet reference, BYOL, Barlow Twins).
 
@@ -47,9 +42,7 @@ def param_groups(
                 continue
             seen.add(param)
             full_name = f"{prefix}.{name}" if prefix else name
-            excluded = _is_bias_or_norm(module, name) or (
-                exclude is not None and exclude(full_name, param)
-            )
+            excluded = _is_bias_or_norm(module, name) or (exclude is not None and exclude(full_name, param))
             (others if excluded else weights).append((full_name, param))
     return [
         {"params": weights, "weight_decay": weight_decay},
