@@ -26,11 +26,12 @@ def tool(name: str) -> str | None:
 
 
 def version() -> str:
-    return re.search(r"project\(fused_lars VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return re.search(r"project\(fused_lars VERSION ([\d.]+)", text)[1]
 
 
 def torch_requirement() -> str:
-    """The series of torch that a wheel built here holds for; without a torch, as for an sdist, any that builds."""
+    """The series of torch that a wheel built here holds for; without torch (an sdist), all that may do."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
         return "torch>=2.6"
@@ -39,13 +40,13 @@ def torch_requirement() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds the C++ part and installs it into the package: the one in build_lib, or in a checkout when editable."""
+    """Builds the C++ part and installs it into the package, in build_lib or (editable) in the checkout."""
 
     def run(self) -> None:
         if importlib.util.find_spec("torch") is None:
             sys.exit(
-                f"fused_lars is built against the torch that is installed, and {sys.executable} has none. Install "
-                "torch, then run: pip install --no-build-isolation ."
+                f"fused_lars is built against the torch that is installed, and {sys.executable} has none. "
+                "Install torch, then run: pip install --no-build-isolation ."
             )
         cmake = tool("cmake") or sys.exit("fused_lars needs CMake: pip install cmake ninja")
         in_place = self.inplace or self.editable_mode

@@ -5,29 +5,25 @@ from pathlib import Path
 import torch
 
 _LIB = Path(__file__).parent / "lib"
-_INSTALL = "pip install --no-build-isolation ."
+_BUILD = "Build it with this torch: `pip install --no-build-isolation .`, in a checkout `make build`"
 
 
 def _load() -> None:
     library = _LIB / "libfused_lars.so"
     if not library.is_file():
-        raise ImportError(
-            f"{library} is missing: the C++ part is not built. In a checkout run `make build`; otherwise install "
-            f"the package with `{_INSTALL}`"
-        )
+        raise ImportError(f"{library} is missing: the C++ part is not built. {_BUILD}")
     # C++ libraries hold for one series of torch, 2.14 say; a wrong one may load and fail later.
     built_for = (_LIB / "torch-version.txt").read_text().strip()
     if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
-            f"fused_lars was built for torch {built_for}, but this is torch {torch.__version__}. Build it again "
-            f"with this torch: `{_INSTALL}` (in a checkout: `make build`)"
+            f"fused_lars was built for torch {built_for}, but this is torch {torch.__version__}. {_BUILD}"
         )
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
             f"{library}, built for torch {built_for}, does not load with torch {torch.__version__} (CUDA "
-            f"{torch.version.cuda}): {error}. Build it again with this torch: `{_INSTALL}` (in a checkout: `make build`)"
+            f"{torch.version.cuda}): {error}. {_BUILD}"
         ) from error
 
 
@@ -44,8 +40,8 @@ def show_config() -> str:
     """What the library was built from and what it uses on this machine.
 
     Returns:
-        Lines of text: the version, the torch and the CUDA (with its architectures) that it was built with, and the
-        instruction set that the CPU step has chosen.
+        Lines of text: the version, the torch and the CUDA (with its architectures) that it was built with,
+        and the instruction set that the CPU step has chosen.
     """
     return (
         f"fused_lars {__version__}\n"
