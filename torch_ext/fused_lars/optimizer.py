@@ -101,6 +101,10 @@ class LARS(Optimizer):
     # GradScaler leaves the unscaling and the skipping to step(): the kernels do both.
     _step_supports_amp_scaling = True
 
+    # Its name in older versions of torch.
+    if not hasattr(Optimizer, "_accelerator_graph_capture_health_check"):
+        _accelerator_graph_capture_health_check = Optimizer._cuda_graph_capture_health_check
+
     def __init__(
         self,
         params,
