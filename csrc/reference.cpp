@@ -1,6 +1,7 @@
 // The step in ATen operators: slow, for any device, and followed by autograd.
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include "rule.h"
 #include "step.h"
@@ -53,6 +54,8 @@ void step_reference(const Step& step) {
     const auto& h = step.groups[tensor.group];
     const auto dtype = tensor.param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     auto weight = tensor.weight().to(dtype);
+    // The norm keeps its argument for the backward pass, and the parameter is written below.
+    if (c10::GradMode::is_enabled() && weight.requires_grad()) weight = weight.clone();
     const auto grad = tensor.grad.to(dtype);
 
     const bool given = step.squared_norms.defined();
@@ -61,7 +64,7 @@ void step_reference(const Step& step) {
                                given ? step.squared_norms.select(0, i).select(0, 1) : squared_norm(grad), grad_scale);
     if (step.trust_ratios.defined()) assign(step.trust_ratios.select(0, i), q.detach());
 
-    auto damped = scalar(1.0 - h.dampening);
+    auto damped = scalar(h.momentum > 0.0 ? 1.0 - h.dampening : 1.0);
     if (tensor.step.defined()) {
       damped = at::where(tensor.step.reshape({}) == 0, scalar(1.0), damped);
       assign(tensor.step, tensor.step + 1);

@@ -1,0 +1,65 @@
+"""How far a correct implementation may be from reference.py, derived from the number of roundings.
+
+u is the unit roundoff of the computation: 2^-53 for fp64 parameters, 2^-24 for all others. To first order:
+
+squared norm  A square is rounded, then joins a lane: an fp32 tile of 4,096 elements has 32 lanes of 128
+              additions, added up in fp64; an fp64 tile 16 lanes of 256, then 16 lanes and the tiles. All terms
+              are positive, so the relative error is at most 129 u (fp32) or 257 + 16 + tiles (fp64), and half
+              of it for the norm. A backend that adds fewer numbers in a row is within the same bound.
+q             The sum of the relative errors of both norms; what follows in fp64 counts nothing in fp32 and at
+              most 8 u in fp64.
+u             q and each coefficient are rounded to the computation's type (1 each), then a product (1), a sum
+              (1) and the product with q (1): q + 5.
+v             Coefficient (1), product (1) and sum (1) more: q + 8 of the terms' absolute values.
+direction     Nesterov: the same three more: q + 11.
+w             Coefficient and product with step_size: q + 13 of the absolute values of the update's terms; the
+              subtraction: 1 of |w|.
+storage       Half a unit in the last place of the dtype that is stored: its unit roundoff times the value, or
+              half of its smallest number.
+
+SLACK covers the products of errors that a first-order bound leaves out.
+"""
+
+import numpy as np
+import torch
+
+SLACK = 1.02
+ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+SMALLEST = {
+    torch.float64: 5e-324,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+}
+_TILE = 4096
+
+
+def norm_error(dtype: torch.dtype, numel: int) -> float:
+    """Relative error of the norm of a tensor."""
+    if dtype == torch.float64:
+        return (257 + 16 + numel // _TILE) / 2 * ROUNDOFF[dtype]
+    return 129 / 2 * ROUNDOFF[torch.float32]
+
+
+def trust_ratio_error(weight_dtype, grad_dtype, numel) -> float:
+    """Relative error of the trust ratio."""
+    fp64 = 8 * ROUNDOFF[torch.float64]
+    return SLACK * (norm_error(weight_dtype, numel) + norm_error(grad_dtype, numel) + fp64)
+
+
+def compute_errors(result, weight_dtype, grad_dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Absolute errors of the weight and the momentum buffer before they are stored."""
+    u = ROUNDOFF[torch.float64 if weight_dtype == torch.float64 else torch.float32]
+    q = trust_ratio_error(weight_dtype, grad_dtype, result.weight.size)
+    weight = (q + 13 * u) * result.update_terms + u * np.abs(result.weight)
+    return SLACK * weight, SLACK * (q + 8 * u) * result.buffer_terms
+
+
+def stored(value, error, dtype) -> np.ndarray:
+    """The error of `value`, known to `error`, once it is stored as `dtype`."""
+    return error + np.maximum(ROUNDOFF[dtype] * (np.abs(value) + error), SMALLEST[dtype] / 2)

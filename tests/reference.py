@@ -1,0 +1,76 @@
+"""The rule of docs/design.md in numpy on float64, one tensor at a time. It calls nothing of the package."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Hyperparameters of a group, by the names that LARS has for them."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    trust_coefficient: float = 0.001
+    eps: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    trust_clip: bool = False
+    layer_adaptation: bool = True
+    classic_momentum: bool = True
+    master_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step should give, and the sizes of what was added up, which rounding errors are relative to."""
+
+    weight: np.ndarray
+    momentum_buffer: np.ndarray
+    trust_ratio: float
+    update_terms: np.ndarray  # the weight's change, every term by its absolute value
+    buffer_terms: np.ndarray  # the same for the momentum buffer
+
+
+def norm(x) -> float:
+    # Summed in more than fp64 where the machine has it.
+    return float(np.sqrt(np.sum(np.square(x, dtype=np.longdouble))))
+
+
+def trust_ratio(weight, grad, rule: Rule, grad_scale: float = 1.0) -> float:
+    """`grad` as it is stored, before grad_scale is divided out."""
+    q = 1.0
+    weight_norm, grad_norm = norm(weight), norm(grad) / grad_scale
+    if rule.layer_adaptation and weight_norm > 0 and grad_norm > 0:
+        q = rule.trust_coefficient * weight_norm / (grad_norm + rule.weight_decay * weight_norm + rule.eps)
+    if rule.trust_clip:
+        q = min(q / rule.lr, 1.0) if rule.lr > 0 else 1.0
+    return q
+
+
+def step(weight, grad, momentum_buffer, rule: Rule, *, grad_scale=1.0, first=False) -> Result:
+    """One step. A missing momentum_buffer is zeros; `first` says that no step was applied before."""
+    w, g = np.asarray(weight, np.float64), np.asarray(grad, np.float64)
+    v = np.zeros_like(w) if momentum_buffer is None else np.asarray(momentum_buffer, np.float64)
+    q = trust_ratio(w, g, rule, grad_scale)
+
+    def apply(w, g, v, minus):
+        """The formulas; with minus = +1 and absolute values the sum of the sizes of their terms."""
+        g = g / grad_scale
+        u = q * (g + rule.weight_decay * w)
+        m = rule.momentum
+        if rule.classic_momentum:
+            new_v = m * v + rule.lr * u
+            change = m * new_v + rule.lr * u if rule.nesterov else new_v
+        else:
+            undamped = first or m == 0
+            new_v = m * v + (1 if undamped else 1 - rule.dampening) * u
+            change = rule.lr * (u + m * new_v if rule.nesterov else new_v)
+        return w + minus * change, new_v, change
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        new_w, new_v, _ = apply(w, -g if rule.maximize else g, v, -1.0)
+        _, buffer_terms, update_terms = apply(np.abs(w), np.abs(g), np.abs(v), 1.0)
+    return Result(new_w, new_v, q, update_terms, buffer_terms)

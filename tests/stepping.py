@@ -1,0 +1,220 @@
+"""One step by each implementation, on tensors of any layout and dtype, checked against reference.py."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import bounds
+import reference
+from fused_lars import LARS
+from layouts import Layouts, outside
+from reference import Rule
+
+IMPLEMENTATIONS = ("fused", "foreach", "op")
+HYPERPARAMETERS = [field.name for field in dataclasses.fields(Rule)]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    param: torch.dtype
+    grad: torch.dtype | None = None
+    state: torch.dtype | None = None  # of the momentum buffer
+    master: bool = False
+
+
+@dataclass
+class Leaf:
+    """A parameter, its gradient and its state."""
+
+    name: str
+    rule: Rule
+    param: Tensor
+    grad: Tensor
+    momentum_buffer: Tensor | None = None
+    master_param: Tensor | None = None
+    step: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.param if self.master_param is None else self.master_param
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("param", "grad", "momentum_buffer", "master_param", "step")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns, so that NaN equals itself and 0 does not equal -0."""
+    return tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a).cpu(), bits(b).cpu())
+
+
+def make_leaf(name: str, layouts: Layouts, dtypes: Dtypes, rule: Rule, device, generator) -> Leaf:
+    def place(layout, dtype):
+        return (layout or layouts.param).place(dtype, device, generator)
+
+    leaf = Leaf(
+        name, rule, place(layouts.param, dtypes.param), place(layouts.grad, dtypes.grad or dtypes.param)
+    )
+    if dtypes.master:
+        leaf.master_param = place(layouts.state, torch.float32)
+        leaf.param.copy_(leaf.master_param)
+    if rule.momentum > 0:
+        leaf.momentum_buffer = place(layouts.state, dtypes.state or dtypes.param)
+        if rule.dampening > 0:
+            leaf.step = torch.zeros((), device=device)
+    return leaf
+
+
+def group_by_rule(leaves: list[Leaf]) -> list[list[Leaf]]:
+    """Consecutive leaves of the same rule."""
+    groups: list[list[Leaf]] = []
+    for leaf in leaves:
+        if not groups or groups[-1][0].rule is not leaf.rule:
+            groups.append([])
+        groups[-1].append(leaf)
+    return groups
+
+
+def call_op(
+    leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
+):
+    """torch.ops.fused_lars.step_; returns the trust ratios."""
+    groups = group_by_rule(leaves)
+    values = {name: [getattr(group[0].rule, name) for group in groups] for name in HYPERPARAMETERS}
+    device = leaves[0].param.device
+    if tensor_lr:
+        values["lr"] = [torch.tensor(lr, dtype=torch.float64, device=device) for lr in values["lr"]]
+    ratios = torch.full((len(leaves),), torch.nan, dtype=torch.float64, device=device)
+    packet = getattr(torch.ops.fused_lars, op)
+    (packet.tensor_lr if tensor_lr else packet.default)(
+        [leaf.param for leaf in leaves],
+        [leaf.grad for leaf in leaves],
+        *(
+            [getattr(leaf, name) for leaf in leaves if getattr(leaf, name) is not None]
+            for name in ("momentum_buffer", "master_param", "step")
+        ),
+        [len(group) for group in groups],
+        **values,
+        squared_norms=squared_norms,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        trust_ratios=ratios,
+    )
+    return ratios
+
+
+def make_optimizer(leaves: list[Leaf], *, tensor_lr=False, **options) -> LARS:
+    """A LARS that steps the leaves' own tensors."""
+    groups = []
+    for group in group_by_rule(leaves):
+        values = dataclasses.asdict(group[0].rule)
+        if tensor_lr:
+            values["lr"] = torch.tensor(values["lr"], dtype=torch.float64, device=group[0].param.device)
+        groups.append({"params": [leaf.param.requires_grad_() for leaf in group], **values})
+    optimizer = LARS(groups, **options)
+    for leaf in leaves:
+        if leaf.grad.dtype != leaf.param.dtype:
+            leaf.param.grad_dtype = leaf.grad.dtype
+        leaf.param.grad = leaf.grad
+        for name, tensor in leaf.tensors().items():
+            if name not in ("param", "grad"):
+                optimizer.state[leaf.param][name] = tensor
+    return optimizer
+
+
+def run(
+    implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
+) -> Tensor:
+    """A step; returns the trust ratios, fp64 on the CPU."""
+    if implementation == "op":
+        ratios = call_op(leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf)
+        return ratios.cpu()
+    optimizer = make_optimizer(leaves, tensor_lr=tensor_lr, **{implementation: True})
+    # As GradScaler hands them over.
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    return torch.stack([ratios[leaf.param] for leaf in leaves]).cpu()
+
+
+def to_numpy(tensor: Tensor):
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def assert_within(actual: Tensor, expected, error, what: str) -> None:
+    """`actual` is `expected` to within `error` and the rounding of its dtype; inf and NaN are the same."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    got = actual.detach().to("cpu", torch.float64).reshape(expected.shape)
+    allowed = torch.as_tensor(bounds.stored(expected.numpy(), error, actual.dtype))
+    special = ~expected.isfinite()
+    right = torch.where(
+        special, (got == expected) | (got.isnan() & expected.isnan()), (got - expected).abs() <= allowed
+    )
+    if not right.all():
+        at = (~right).nonzero()[0].tolist()
+        where = tuple(at)
+        raise AssertionError(
+            f"{what}{at}: {got[where].item()!r}, expected {expected[where].item()!r}, "
+            f"off by {(got - expected).abs()[where].item():.3g}, allowed {allowed[where].item():.3g}; "
+            f"{(~right).sum().item()} of {right.numel()} elements are off"
+        )
+
+
+def snapshot(leaves: list[Leaf]) -> list[dict[str, Tensor]]:
+    """A copy of every leaf's tensors with the storage around them."""
+    return [{name: tensor.detach().clone() for name, tensor in leaf.tensors().items()} for leaf in leaves]
+
+
+def check_step(
+    implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
+) -> None:
+    """Runs a step and holds every tensor that it may and may not write against the reference."""
+    before = snapshot(leaves)
+    around = [{name: outside(tensor) for name, tensor in leaf.tensors().items()} for leaf in leaves]
+    scale = 1.0 if grad_scale is None else grad_scale.item()
+    ratios = run(implementation, leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf)
+    skipped = found_inf is not None and found_inf.item() != 0
+    for leaf, old, guards, ratio in zip(leaves, before, around, ratios):
+        for name, tensor in leaf.tensors().items():
+            assert same_bits(outside(tensor), guards[name]), f"{leaf.name}: wrote outside of {name}"
+            if skipped or name == "grad":
+                assert same_bits(tensor, old[name]), f"{leaf.name}: {name} changed"
+        if not skipped:
+            check_leaf(leaf, old, ratio, scale)
+        else:
+            assert ratio.isnan()
+
+
+def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, grad_scale: float) -> None:
+    """Holds a leaf after a step against the reference's step from `old`."""
+    weight = "param" if leaf.master_param is None else "master_param"
+    result = reference.step(
+        to_numpy(old[weight]),
+        to_numpy(old["grad"]),
+        to_numpy(old["momentum_buffer"]) if "momentum_buffer" in old else None,
+        leaf.rule,
+        grad_scale=grad_scale,
+        first="step" in old and old["step"].item() == 0,
+    )
+    dtypes = old[weight].dtype, old["grad"].dtype
+    weight_error, buffer_error = bounds.compute_errors(result, *dtypes)
+    assert_within(leaf.weight, result.weight, weight_error, f"{leaf.name}: {weight}")
+    if leaf.momentum_buffer is not None:
+        assert_within(
+            leaf.momentum_buffer, result.momentum_buffer, buffer_error, f"{leaf.name}: momentum_buffer"
+        )
+    if leaf.master_param is not None:
+        assert same_bits(leaf.param, leaf.master_param.to(leaf.param.dtype)), (
+            f"{leaf.name}: param is not its master"
+        )
+    if leaf.step is not None:
+        assert leaf.step.item() == old["step"].item() + 1, f"{leaf.name}: step"
+    error = bounds.trust_ratio_error(*dtypes, old[weight].numel()) * result.trust_ratio
+    assert_within(ratio, result.trust_ratio, error, f"{leaf.name}: trust ratio")
