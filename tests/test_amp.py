@@ -1,0 +1,182 @@
+"""GradScaler: an overflow skips the whole step, whichever step it is, and scales are divided out."""
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lars import LARS
+from stepping import same_bits
+
+OPTIONS = {
+    "classic": dict(lr=0.5, momentum=0.9, weight_decay=1e-2),
+    "torch": dict(lr=0.5, momentum=0.9, weight_decay=1e-2, classic_momentum=False, dampening=0.1),
+    "no momentum": dict(lr=0.5, weight_decay=1e-2),
+    "no adaptation": dict(lr=0.1, momentum=0.9, nesterov=True, layer_adaptation=False),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(params=["fused", "foreach"])
+def implementation(request):
+    return {request.param: True}
+
+
+def make_params(device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(n, generator=generator).to(device, dtype)) for n in (33, 1, 0, 130)]
+
+
+def set_grads(params, step, scale=1.0):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        # Half precision holds every value times every scale used here.
+        p.grad = (torch.randn(p.shape, generator=generator).bfloat16() * scale).to(p.device, p.dtype)
+
+
+def scaler_step(scaler, optimizer, params, step, overflow=False):
+    set_grads(params, step, scaler.get_scale())
+    if overflow:
+        params[0].grad[5] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_first_step_overflows(implementation, options, dtype, master_weights, device):
+    """A momentum buffer made in a step that is skipped must be as good as none."""
+    params, plain = make_params(device, dtype), make_params(device, dtype)
+    options = dict(options, **implementation, master_weights=master_weights)
+    optimizer, expected = LARS(params, **options), LARS(plain, **options)
+    # The scaler reads its first scale on the device of the first tensor that it scales.
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    scaler.scale(torch.zeros((), device=device))
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        scaler_step(scaler, optimizer, params, 0, overflow=True)
+    for p, old in zip(params, before):
+        assert same_bits(p, old)
+        buffer = optimizer.state[p].get("momentum_buffer")
+        assert buffer is None or not buffer.any()
+    for step in range(3):
+        scaler_step(scaler, optimizer, params, step)
+        set_grads(plain, step)
+        expected.step()
+    for p, q in zip(params, plain):
+        assert same_bits(p, q)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_power_of_two_scales_leave_no_trace(implementation, options, device):
+    """Scaling by 2^k is exact in fp32, so training with the scaler gives the bits of training without."""
+    params, plain = make_params(device), make_params(device)
+    optimizer, expected = LARS(params, **options, **implementation), LARS(plain, **options, **implementation)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
+    scaler.scale(torch.zeros((), device=device))
+    scales = set()
+    for step in range(8):
+        scales.add(scaler.get_scale())
+        skipped = step in (3, 4)
+        scaler_step(scaler, optimizer, params, step, overflow=skipped)
+        if not skipped:
+            set_grads(plain, step)
+            expected.step()
+    assert len(scales) > 2
+    for p, q in zip(params, plain):
+        assert same_bits(p, q)
+
+
+@pytest.mark.parametrize("found", [1.0, 2.0, torch.inf])
+def test_found_inf_is_a_sum_over_devices(implementation, found, device):
+    params = make_params(device)
+    optimizer = LARS(params, lr=0.5, momentum=0.9, **implementation)
+    set_grads(params, 0)
+    optimizer.step()
+    before = [(p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()) for p in params]
+    ratios = {p: q.clone() for p, q in optimizer.trust_ratios().items()}
+    optimizer.grad_scale = torch.tensor(2.0, device=device)
+    optimizer.found_inf = torch.tensor([found], device=device)
+    set_grads(params, 1)
+    params[0].grad[2] = torch.nan
+    optimizer.step()
+    for p, (old, old_buffer) in zip(params, before):
+        assert same_bits(p, old)
+        assert same_bits(optimizer.state[p]["momentum_buffer"], old_buffer)
+        assert same_bits(optimizer.trust_ratios()[p], ratios[p])
+
+
+def test_unscale_then_clip(implementation, device):
+    """After scaler.unscale_ the scaler passes no grad_scale, and clipping sees true gradients."""
+    params, plain = make_params(device), make_params(device)
+    optimizer = LARS(params, lr=0.5, momentum=0.9, **implementation)
+    expected = LARS(plain, lr=0.5, momentum=0.9, **implementation)
+    scaler = torch.amp.GradScaler(device, init_scale=256.0)
+    scaler.scale(torch.zeros((), device=device))
+    for step in range(3):
+        set_grads(params, step, 256.0)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(params, 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        set_grads(plain, step)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain, 0.1), rtol=1e-6, atol=0)
+        expected.step()
+    for p, q in zip(params, plain):
+        assert same_bits(p, q)
+
+
+def test_accumulated_gradients(implementation, device):
+    """Two micro-batches of half the loss under the scaler are one batch."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randn(8, 6, generator=generator).to(device),
+        torch.randn(8, 3, generator=generator).to(device),
+    )
+    models = [nn.Linear(6, 3).to(device) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (LARS(model.parameters(), lr=0.5, momentum=0.9, **implementation) for model in models)
+    scaler = torch.amp.GradScaler(device, init_scale=128.0)
+    for _ in range(3):
+        nn.functional.mse_loss(models[0](x), y).backward()
+        first.step()
+        first.zero_grad()
+        for half in (slice(0, 4), slice(4, 8)):
+            scaler.scale(nn.functional.mse_loss(models[1](x[half]), y[half]) / 2).backward()
+        scaler.step(second)
+        scaler.update()
+        second.zero_grad()
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        # Gradients are summed in another order; three steps of trust coefficient 0.001.
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-7)
+
+
+def test_two_optimizers_share_a_scaler(implementation, device):
+    """An overflow in one model's gradients skips that model's optimizer only."""
+    left, right = make_params(device), make_params(device)
+    optimizers = [LARS(params, lr=0.5, momentum=0.9, **implementation) for params in (left, right)]
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    scaler.scale(torch.zeros((), device=device))
+    before = [p.detach().clone() for p in left]
+    for params in (left, right):
+        set_grads(params, 0, 64.0)
+    left[0].grad[0] = torch.nan
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 32.0
+    for p, q, old in zip(left, right, before):
+        assert same_bits(p, old)
+        assert p.numel() == 0 or not same_bits(q, old)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_overflow_without_a_scaler_reaches_the_weights(implementation, value, device):
+    """As in torch.optim.SGD: what is broken must not look healthy."""
+    params = make_params(device)
+    optimizer = LARS(params, lr=0.5, momentum=0.9, **implementation)
+    set_grads(params, 0)
+    params[0].grad[7] = value
+    optimizer.step()
+    assert not params[0][7].isfinite()
+    assert params[3].isfinite().all()
