@@ -1,0 +1,50 @@
+"""Prints digests of what the CPU step makes of fixed inputs, one for each number of threads in the arguments.
+
+Run in processes of its own by test_same_bits.py, with ATEN_CPU_CAPABILITY set.
+"""
+
+import hashlib
+import sys
+
+import torch
+
+from layouts import LAYOUTS, Layout, Layouts
+from reference import Rule
+from stepping import bits, call_op, make_leaf
+from test_rule import DTYPES, OPTIONS
+
+# Large enough for several batches of several threads' tiles, and no multiple of anything.
+LARGE = Layouts(Layout((700_001,)))
+
+
+def digest() -> str:
+    generator = torch.Generator().manual_seed(0)
+    leaves = []
+    for options in (OPTIONS["everything classic"], OPTIONS["everything torch"], OPTIONS["plain"]):
+        for dtypes in DTYPES.values():
+            rule = Rule(**options, master_weights=dtypes.master)
+            for layouts in (
+                LAYOUTS["tiles"],
+                LAYOUTS["misaligned"],
+                LAYOUTS["rows with gaps"],
+                LAYOUTS["0-dim"],
+            ):
+                leaves.append(make_leaf("", layouts, dtypes, rule, "cpu", generator))
+        for name in ("fp32", "bf16, master", "fp64"):
+            rule = Rule(**options, master_weights=DTYPES[name].master)
+            leaves.append(make_leaf("", LARGE, DTYPES[name], rule, "cpu", generator))
+    sha = hashlib.sha256(bits(call_op(leaves)).numpy().tobytes())
+    for leaf in leaves:
+        for tensor in leaf.tensors().values():
+            sha.update(bits(tensor).numpy().tobytes())
+    norms = torch.ops.fused_lars.squared_norms(
+        [leaf.weight for leaf in leaves], [leaf.grad for leaf in leaves]
+    )
+    sha.update(bits(norms).numpy().tobytes())
+    return sha.hexdigest()
+
+
+if __name__ == "__main__":
+    for threads in map(int, sys.argv[1:]):
+        torch.set_num_threads(threads)
+        print(digest())

@@ -1,0 +1,71 @@
+"""The same inputs give the same bits: again, on any number of threads, with any instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lars import LARS
+from layouts import Layout, Layouts
+from reference import Rule
+from stepping import Dtypes, call_op, make_leaf, same_bits
+
+HERE = Path(__file__).parent
+
+
+def digests(capability: str, threads: list[int]) -> list[str]:
+    path = os.pathsep.join([str(HERE), *sys.path])
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability, PYTHONPATH=path)
+    command = [sys.executable, str(HERE / "digest.py"), *map(str, threads)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> str:
+    return digests("", [1])[0]
+
+
+def test_any_number_of_threads(one_thread):
+    assert digests("", [2, 3, 5, 1]) == [one_thread] * 4
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_any_instruction_set(one_thread, capability):
+    """One that the machine lacks falls to the next, so that this passes anywhere."""
+    assert digests(capability, [2]) == [one_thread]
+
+
+def test_again(device):
+    runs = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        leaf = make_leaf(
+            "w", Layouts(Layout((30_000,))), Dtypes(torch.float32), Rule(momentum=0.5), device, generator
+        )
+        ratios = call_op([leaf])
+        runs.append((leaf.param, leaf.momentum_buffer, ratios))
+    for a, b in zip(*runs):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(momentum=0.9, nesterov=True), dict(classic_momentum=False, momentum=0.9), {}]
+)
+def test_the_update_of_every_implementation_is_one_arithmetic(options, device):
+    """The reference takes its norms in another order; without adaptation it gives the bits of the kernels."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator)
+    results = []
+    for implementation in ("fused", "foreach"):
+        param = torch.nn.Parameter(values[0].to(device))
+        optimizer = LARS(
+            [param], lr=0.3, weight_decay=0.1, layer_adaptation=False, **options, **{implementation: True}
+        )
+        for _ in range(3):
+            param.grad = values[1].to(device)
+            optimizer.step()
+        results.append(param)
+    assert same_bits(*results)
