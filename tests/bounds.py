@@ -3,7 +3,7 @@
 u is the unit roundoff of the computation: 2^-53 for fp64 parameters, 2^-24 for all others. To first order:
 
 squared norm  A square is rounded, then joins a lane: an fp32 tile of 4,096 elements has 32 lanes of 128
-              additions, added up in fp64; an fp64 tile 16 lanes of 256, then 16 lanes and the tiles. All terms
+              additions, added up in fp64; an fp64 tile 16 lanes of 256, then 16 lanes and the tiles. Terms
               are positive, so the relative error is at most 129 u (fp32) or 257 + 16 + tiles (fp64), and half
               of it for the norm. A backend that adds fewer numbers in a row is within the same bound.
 q             The sum of the relative errors of both norms; what follows in fp64 counts nothing in fp32 and at
