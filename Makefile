@@ -40,11 +40,13 @@ train-cpp: $(VENV)/examples-$(STAMP) build
 	$(MAKE) -C examples/train_without_python
 
 # The C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
-sanitize: $(VENV)/build-$(STAMP) googletest sanitize-address,undefined sanitize-thread
+sanitize: sanitize-address sanitize-thread
 
-sanitize-%:
+SANITIZERS_address := address,undefined
+SANITIZERS_thread := thread
+sanitize-%: $(VENV)/build-$(STAMP) googletest
 	cmake -S . -B build/$* -G Ninja -DPython3_EXECUTABLE=$(VENV)/bin/python -DFUSED_LARS_CUDA=0 \
-	    -DFUSED_LARS_TESTS=ON -DFUSED_LARS_SANITIZE=$*
+	    -DFUSED_LARS_TESTS=ON -DFUSED_LARS_SANITIZE=$(SANITIZERS_$*)
 	cmake --build build/$* --parallel $(JOBS)
 	ctest --test-dir build/$* --output-on-failure --no-tests=error --parallel $(JOBS)
 

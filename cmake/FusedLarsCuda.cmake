@@ -114,14 +114,16 @@ string(REPLACE ";" " " FUSED_LARS_CUDA_CONFIG "${CMAKE_CUDA_COMPILER_VERSION} fo
 message(STATUS "fused_lars: CUDA ${FUSED_LARS_CUDA_CONFIG}, ${_fused_lars_nvcc}")
 
 # The runtime that torch itself loads, where it lies beside torch.
-find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_DEFAULT_PATH HINTS
+find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_CACHE NO_DEFAULT_PATH HINTS
   "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/lib"
   "${FUSED_LARS_TORCH_ROOT}/../nvidia/cuda_runtime/lib" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}
   PATH_SUFFIXES ../lib ../lib64 "../lib/${CMAKE_LIBRARY_ARCHITECTURE}")
 if(NOT FUSED_LARS_CUDART)
   message(FATAL_ERROR "fused_lars: libcudart.so.${FUSED_LARS_CUDA_MAJOR} not found beside torch or ${_fused_lars_nvcc}")
 endif()
+# Torch's CUDA headers include those of cuBLAS and others. A toolkit may lack them; pip's torch brings them.
+file(GLOB _fused_lars_pip_include "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/include")
 add_library(fused_lars::torch_cuda INTERFACE IMPORTED)
 set_target_properties(fused_lars::torch_cuda PROPERTIES
-  INTERFACE_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}"
+  INTERFACE_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES};${_fused_lars_pip_include}"
   INTERFACE_LINK_LIBRARIES "${FUSED_LARS_TORCH_ROOT}/lib/libtorch_cuda.so;${FUSED_LARS_TORCH_ROOT}/lib/libc10_cuda.so;${FUSED_LARS_CUDART}")
