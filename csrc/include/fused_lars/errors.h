@@ -41,6 +41,10 @@ struct InvalidTensor : Error {
 struct MissingGradient : Error {
   using Error::Error;
 };
+// An index outside of a graph's list of leaves; the message has both.
+struct InvalidNode : Error {
+  using Error::Error;
+};
 
 }  // namespace fused_lars
 

@@ -1,0 +1,67 @@
+#include "step_calls.h"
+
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "fused_lars/ops.h"
+
+namespace fused_lars {
+
+bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group) {
+  const bool master = needs_master(group, param.scalar_type());
+  const auto dtype = master ? at::kFloat : param.scalar_type();
+  bool made = false;
+  const auto make = [&](at::Tensor& tensor, bool needed, auto initial) {
+    if (!needed || tensor.defined()) return;
+    tensor = initial();
+    made = true;
+  };
+  make(state.momentum_buffer, needs_momentum_buffer(group),
+       [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
+  make(state.master_param, master, [&] { return param.detach().to(at::kFloat); });
+  make(state.step, needs_step(group), [&] { return at::zeros({}, param.options().dtype(at::kFloat)); });
+  return made;
+}
+
+void StepCalls::add(size_t group, const at::Tensor& param, const at::Tensor& grad, const ParamState& state) {
+  auto call = std::find_if(calls_.begin(), calls_.end(),
+                           [&](const Call& other) { return other.device == param.device(); });
+  if (call == calls_.end()) {
+    call = calls_.emplace(call, param.device(), groups_.size());
+  }
+  call->params.push_back(param);
+  call->grads.push_back(grad);
+  if (needs_momentum_buffer(groups_[group])) call->momentum_buffers.push_back(state.momentum_buffer);
+  if (needs_master(groups_[group], param.scalar_type())) call->master_params.push_back(state.master_param);
+  if (needs_step(groups_[group])) call->steps.push_back(state.step);
+  ++call->group_sizes[group];
+}
+
+void StepCalls::run(Workspaces& workspaces) const {
+  // An op checks its own arguments before it writes, but by then another device would have been stepped.
+  if (calls_.size() > 1) {
+    for (const auto& group : groups_) validate(group);
+    for (const auto& call : calls_) {
+      Step step;
+      step.groups = groups_;
+      check_and_assemble(
+          {call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes},
+          step);
+    }
+  }
+  for (const auto& call : calls_) {
+    StepOptions options;
+    if (call.device.is_cuda()) {
+      auto& workspace = workspaces[call.device];
+      if (!workspace.defined()) workspace = at::zeros({0}, at::TensorOptions(call.device).dtype(at::kInt));
+      options.workspace = workspace;
+    }
+    step_(call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes,
+          groups_, options);
+  }
+}
+
+}  // namespace fused_lars

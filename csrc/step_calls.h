@@ -1,0 +1,48 @@
+#pragma once
+
+// From parameters with their state to one op call for each device: what Lars and LARS share.
+
+#include <ATen/core/Tensor.h>
+
+#include <unordered_map>
+#include <vector>
+
+#include "fused_lars/hyperparameters.h"
+
+namespace fused_lars {
+
+// What one parameter keeps between steps; undefined where its group keeps none.
+struct ParamState {
+  at::Tensor momentum_buffer, master_param, step;
+};
+
+// Scratch that the CUDA step leaves clean for the next one.
+using Workspaces = std::unordered_map<at::Device, at::Tensor>;
+
+// Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make.
+bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group);
+
+class StepCalls {
+ public:
+  explicit StepCalls(const std::vector<Hyperparameters>& groups) : groups_(groups) {}
+
+  // Groups come in order. `state` is complete.
+  void add(size_t group, const at::Tensor& param, const at::Tensor& grad, const ParamState& state);
+
+  // One op call for each device. Throws before anything has changed on any of them.
+  void run(Workspaces& workspaces) const;
+
+ private:
+  struct Call {
+    Call(at::Device device, size_t groups) : device(device), group_sizes(groups) {}
+
+    at::Device device;
+    std::vector<at::Tensor> params, grads, momentum_buffers, master_params, steps;
+    std::vector<int64_t> group_sizes;
+  };
+
+  std::vector<Hyperparameters> groups_;
+  std::vector<Call> calls_;
+};
+
+}  // namespace fused_lars
