@@ -1,0 +1,420 @@
+// fused_lars::LARS, the optimizer of the C++ front end.
+
+#include <ATen/record_function.h>
+#include <torch/torch.h>
+
+#include <sstream>
+
+#include "expected.h"
+#include "fused_lars/optim.h"
+
+namespace {
+
+using fused_lars::LARS;
+using fused_lars::LARSOptions;
+using fused_lars::LARSParamState;
+using torch::optim::OptimizerParamGroup;
+
+torch::Tensor leaf(std::vector<int64_t> shape, int seed, torch::Dtype dtype = torch::kFloat) {
+  return random_tensor(std::move(shape), seed, dtype).requires_grad_();
+}
+
+OptimizerParamGroup group(std::vector<torch::Tensor> params, const LARSOptions& options) {
+  return {std::move(params), std::make_unique<LARSOptions>(options)};
+}
+
+LARSOptions& options_of(torch::optim::Optimizer& optimizer, size_t index) {
+  return static_cast<LARSOptions&>(optimizer.param_groups()[index].options());
+}
+
+void set_grads(const std::vector<torch::Tensor>& params, int seed) {
+  for (const auto& param : params) {
+    param.mutable_grad() = random_tensor(param.sizes().vec(), seed++, param.scalar_type());
+  }
+}
+
+std::vector<torch::Tensor> detached(const std::vector<torch::Tensor>& params) {
+  std::vector<torch::Tensor> result;
+  for (const auto& param : params) result.push_back(param.detach().clone());
+  return result;
+}
+
+void expect_same_bits(const std::vector<torch::Tensor>& a, const std::vector<torch::Tensor>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(same_bits(a[i].detach(), b[i].detach())) << i;
+}
+
+LARSParamState& state_of(torch::optim::Optimizer& optimizer, const torch::Tensor& param) {
+  return static_cast<LARSParamState&>(*optimizer.state().at(param.unsafeGetTensorImpl()));
+}
+
+struct Case {
+  const char* name;
+  LARSOptions options;
+  expected::Settings settings;
+};
+
+class Options : public testing::TestWithParam<Case> {};
+
+TEST_P(Options, FollowTheRule) {
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kBFloat16}) {
+    std::vector<torch::Tensor> params{leaf({7, 9}, 1, dtype), leaf({4100}, 2, dtype), leaf({}, 3, dtype)};
+    std::vector<expected::Parameter> want(params.begin(), params.end());
+    LARS optimizer(params, GetParam().options);
+    for (int step = 0; step < 4; ++step) {
+      set_grads(params, 10 * (step + 1));
+      for (size_t i = 0; i < params.size(); ++i) want[i].step(GetParam().settings, params[i].grad());
+      optimizer.step();
+    }
+    for (size_t i = 0; i < params.size(); ++i) {
+      expect_close(params[i], want[i], c10::str(GetParam().name, ' ', dtype, " parameter ", i));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    , Options,
+    testing::Values(
+        Case{"defaults", {}, {}}, Case{"lr", 0.3, {.lr = 0.3}}, Case{"lr_zero", 0.0, {.lr = 0}},
+        Case{"momentum", LARSOptions(0.3).momentum(0.9), {.lr = 0.3, .momentum = 0.9}},
+        Case{"weight_decay", LARSOptions(0.3).weight_decay(0.1), {.lr = 0.3, .weight_decay = 0.1}},
+        Case{"trust_coefficient",
+             LARSOptions(0.3).trust_coefficient(0.05),
+             {.lr = 0.3, .trust_coefficient = 0.05}},
+        Case{"eps", LARSOptions(0.3).eps(0.5), {.lr = 0.3, .eps = 0.5}},
+        Case{"nesterov",
+             LARSOptions(0.3).momentum(0.9).nesterov(true),
+             {.lr = 0.3, .momentum = 0.9, .nesterov = true}},
+        Case{"maximize",
+             LARSOptions(0.3).weight_decay(0.1).maximize(true),
+             {.lr = 0.3, .weight_decay = 0.1, .maximize = true}},
+        Case{"trust_clip", LARSOptions(0.003).trust_clip(true), {.lr = 0.003, .trust_clip = true}},
+        Case{"no_adaptation",
+             LARSOptions(0.01).momentum(0.5).layer_adaptation(false),
+             {.lr = 0.01, .momentum = 0.5, .layer_adaptation = false}},
+        Case{"torch_momentum",
+             LARSOptions(0.3).momentum(0.9).classic_momentum(false),
+             {.lr = 0.3, .momentum = 0.9, .classic_momentum = false}},
+        Case{"dampening",
+             LARSOptions(0.3).momentum(0.9).dampening(0.4).classic_momentum(false),
+             {.lr = 0.3, .momentum = 0.9, .dampening = 0.4, .classic_momentum = false}},
+        Case{"torch_nesterov",
+             LARSOptions(0.3).momentum(0.9).nesterov(true).classic_momentum(false),
+             {.lr = 0.3, .momentum = 0.9, .nesterov = true, .classic_momentum = false}}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST(LARS, MasterWeightsKeepWhatHalfPrecisionWouldLose) {
+  auto param = leaf({64}, 1, torch::kBFloat16);
+  auto start = param.detach().to(torch::kDouble);
+  expected::Parameter want(param);
+  LARS optimizer({param}, LARSOptions(1.0).momentum(0.9).trust_coefficient(1e-4).master_weights(true));
+  const expected::Settings settings{.lr = 1.0, .momentum = 0.9, .trust_coefficient = 1e-4};
+  for (int step = 0; step < 20; ++step) {
+    set_grads({param}, 100 + step);
+    want.step(settings, param.grad());
+    optimizer.step();
+  }
+  const auto& state = state_of(optimizer, param);
+  EXPECT_EQ(state.momentum_buffer().scalar_type(), torch::kFloat);
+  expect_close(state.master_param(), want);
+  EXPECT_TRUE(same_bits(param.detach(), state.master_param().to(torch::kBFloat16)));
+}
+
+// A group keeps what it was given, also where that is the value of a fresh LARSOptions, and has the
+// optimizer's defaults for the rest.
+TEST(LARS, GroupsInheritWhatTheyLeaveOut) {
+  const auto defaults = LARSOptions(0.25)
+                            .momentum(0.9)
+                            .weight_decay(1e-4)
+                            .trust_coefficient(0.02)
+                            .eps(1e-8)
+                            .maximize(true)
+                            .trust_clip(true)
+                            .layer_adaptation(false)
+                            .classic_momentum(false)
+                            .master_weights(true)
+                            .nesterov(true);
+  LARS optimizer(
+      {group({leaf({2}, 1)}, LARSOptions()), OptimizerParamGroup({leaf({2}, 2)}),
+       group({leaf({2}, 3)}, LARSOptions().weight_decay(0).layer_adaptation(true).trust_coefficient(0.001)),
+       group({leaf({2}, 4)}, LARSOptions(1.0).momentum(0).nesterov(false).maximize(false)),
+       group({leaf({2}, 5)},
+             LARSOptions().eps(0.0).trust_clip(false).master_weights(false).classic_momentum(true))},
+      defaults);
+  EXPECT_EQ(options_of(optimizer, 0), defaults);
+  EXPECT_EQ(options_of(optimizer, 1), defaults);
+  EXPECT_EQ(options_of(optimizer, 2),
+            LARSOptions(defaults).weight_decay(0).layer_adaptation(true).trust_coefficient(0.001));
+  EXPECT_EQ(options_of(optimizer, 3),
+            LARSOptions(defaults).lr(1.0).momentum(0).nesterov(false).maximize(false));
+  EXPECT_EQ(options_of(optimizer, 4),
+            LARSOptions(defaults).eps(0).trust_clip(false).master_weights(false).classic_momentum(true));
+  EXPECT_FALSE(options_of(optimizer, 0) == options_of(optimizer, 2));
+
+  LARSOptions damped;
+  damped.dampening() = 0.5;  // given through the reference, as TORCH_ARG allows
+  LARS torch_form(
+      {group({leaf({2}, 1)}, damped), group({leaf({2}, 2)}, LARSOptions().dampening(0).nesterov(true))},
+      LARSOptions(0.1).momentum(0.9).classic_momentum(false).dampening(0.25));
+  EXPECT_EQ(options_of(torch_form, 0).dampening(), 0.5);
+  EXPECT_EQ(options_of(torch_form, 1).dampening(), 0.0);
+}
+
+TEST(LARS, GroupsAreSteppedWithTheirOwnOptions) {
+  std::vector<torch::Tensor> params{leaf({5, 5}, 1), leaf({5}, 2), leaf({6}, 3)};
+  std::vector<expected::Parameter> want(params.begin(), params.end());
+  LARS optimizer({OptimizerParamGroup({params[0]}),
+                  group({params[1]}, LARSOptions().weight_decay(0).layer_adaptation(false))},
+                 LARSOptions(0.1).momentum(0.9).weight_decay(0.05));
+  optimizer.add_param_group(group({params[2]}, LARSOptions(0.7).momentum(0)));
+  const expected::Settings base{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.05};
+  auto second = base, third = base;
+  second.weight_decay = 0;
+  second.layer_adaptation = false;
+  third.lr = 0.7;
+  third.momentum = 0;
+  for (int step = 0; step < 3; ++step) {
+    set_grads(params, 10 * (step + 1));
+    want[0].step(base, params[0].grad());
+    want[1].step(second, params[1].grad());
+    want[2].step(third, params[2].grad());
+    optimizer.step();
+  }
+  for (size_t i = 0; i < params.size(); ++i) expect_close(params[i], want[i], c10::str("parameter ", i));
+  EXPECT_EQ(optimizer.state().size(), 2u);  // without momentum nothing is kept
+}
+
+TEST(LARS, RefusesBadOptionsWhenAGroupIsAdded) {
+  const auto param = leaf({2}, 1);
+  const std::vector<torch::Tensor> params{param};
+  MESSAGE_OF(LARS(params, LARSOptions(-1.0)), fused_lars::InvalidLearningRate);
+  MESSAGE_OF(LARS(params, LARSOptions(0.1).nesterov(true)), fused_lars::InvalidOption);
+  MESSAGE_OF(LARS({group(params, LARSOptions().eps(-1))}, 0.1), fused_lars::InvalidOption);
+  LARS optimizer(params, LARSOptions(0.1).momentum(0.9));
+  const auto other = leaf({2}, 2);
+  EXPECT_EQ(MESSAGE_OF(optimizer.add_param_group(group({other}, LARSOptions().momentum(1.0))),
+                       fused_lars::InvalidMomentum),
+            "Invalid momentum value in group 1: 1; allowed: >= 0 and < 1");
+  MESSAGE_OF(optimizer.add_param_group(group({other}, LARSOptions().weight_decay(-1))),
+             fused_lars::InvalidWeightDecay);
+  MESSAGE_OF(optimizer.add_param_group(group({other}, LARSOptions().trust_coefficient(0))),
+             fused_lars::InvalidTrustCoefficient);
+  // Sound by itself, not with what it inherits.
+  MESSAGE_OF(optimizer.add_param_group(group({other}, LARSOptions().dampening(0.5))),
+             fused_lars::InvalidOption);
+  EXPECT_EQ(MESSAGE_OF(optimizer.add_param_group({{other}, std::make_unique<torch::optim::SGDOptions>(0.1)}),
+                       fused_lars::InvalidOption),
+            "param group 1 has the options of another optimizer; expected fused_lars::LARSOptions");
+  EXPECT_EQ(
+      MESSAGE_OF(optimizer.add_param_group(OptimizerParamGroup({other, param})), fused_lars::InvalidTensor),
+      "parameter 1 of group 1 is in the optimizer already; expected every parameter once");
+  MESSAGE_OF(optimizer.add_param_group(OptimizerParamGroup({other, other})), fused_lars::InvalidTensor);
+  EXPECT_ANY_THROW(optimizer.add_param_group(OptimizerParamGroup({other * 2})));
+  EXPECT_EQ(optimizer.param_groups().size(), 1u);
+
+  options_of(optimizer, 0).set_lr(NAN);
+  param.mutable_grad() = torch::ones({2});
+  const auto before = param.detach().clone();
+  MESSAGE_OF(optimizer.step(), fused_lars::InvalidLearningRate);
+  EXPECT_TRUE(same_bits(param.detach(), before));
+  EXPECT_EQ(optimizer.state().size(), 0u);
+}
+
+TEST(LARS, AllGroupsGoToOneOpCall) {
+  std::vector<OptimizerParamGroup> groups;
+  std::vector<torch::Tensor> params;
+  for (int i = 0; i < 20; ++i) {
+    params.push_back(leaf({i + 1}, i, i % 2 ? torch::kDouble : torch::kFloat));
+    groups.push_back(group({params.back()}, LARSOptions().weight_decay(0.01 * i)));
+  }
+  LARS optimizer(groups, LARSOptions(0.1).momentum(0.9));
+  set_grads(params, 100);
+  static int calls;
+  calls = 0;
+  const auto handle =
+      at::addThreadLocalCallback(at::RecordFunctionCallback([](const at::RecordFunction& function) {
+        calls += std::string(function.name()).find("fused_lars::") == 0;
+        return std::unique_ptr<at::ObserverContext>();
+      }));
+  optimizer.step();
+  at::removeCallback(handle);
+  EXPECT_EQ(calls, 1);
+}
+
+TEST(LARS, LeavesParametersWithoutGradientAlone) {
+  std::vector<torch::Tensor> params{leaf({3}, 1), leaf({3}, 2), random_tensor({3}, 3)};
+  const auto before = detached(params);
+  LARS optimizer(params, LARSOptions(0.1).momentum(0.9).weight_decay(0.1));
+  EXPECT_FALSE(optimizer.step().defined());
+  params[1].mutable_grad() = torch::ones({3});
+  optimizer.step();
+  EXPECT_TRUE(same_bits(params[0].detach(), before[0]));
+  EXPECT_FALSE(same_bits(params[1].detach(), before[1]));
+  EXPECT_TRUE(same_bits(params[2], before[2]));
+  EXPECT_EQ(optimizer.state().size(), 1u);
+}
+
+TEST(LARS, ClosureRunsWithGradientsAndItsLossIsReturned) {
+  auto param = leaf({3}, 1);
+  expected::Parameter want(param);
+  LARS optimizer({param}, 0.5);
+  const at::NoGradGuard no_grad;
+  const auto loss = optimizer.step([&] {
+    optimizer.zero_grad();
+    auto loss = (param * param).sum();
+    loss.backward();
+    return loss;
+  });
+  EXPECT_TRUE(loss.requires_grad());
+  want.step({.lr = 0.5}, param.grad());
+  expect_close(param, want);
+}
+
+TEST(LARS, AFailedStepChangesNothing) {
+  std::vector<torch::Tensor> params{leaf({3}, 1), leaf({3}, 2)};
+  LARS optimizer(params, LARSOptions(0.1).momentum(0.9));
+  set_grads(params, 10);
+  params[1].mutable_grad() = torch::ones({3}).to_sparse();
+  const auto before = detached(params);
+  EXPECT_CONTAINS(MESSAGE_OF(optimizer.step(), fused_lars::InvalidTensor), "grads[1] has layout Sparse");
+  expect_same_bits(params, before);
+  EXPECT_EQ(optimizer.state().size(), 0u);
+}
+
+TEST(LARS, SchedulersOfTheFrontEndDriveIt) {
+  auto param = leaf({4}, 1);
+  auto frozen = leaf({4}, 2);
+  expected::Parameter want(param);
+  LARS optimizer({OptimizerParamGroup({param}), group({frozen}, LARSOptions(0.4))},
+                 LARSOptions(0.8).momentum(0.9));
+  torch::optim::StepLR scheduler(optimizer, /*step_size=*/2, /*gamma=*/0.5);
+  expected::Settings settings{.lr = 0.8, .momentum = 0.9};
+  for (int step = 0; step < 4; ++step) {
+    settings.lr = step < 3 ? 0.8 : 0.4;  // torch's StepLR counts its first call as none
+    set_grads({param}, 10 + step);
+    want.step(settings, param.grad());
+    optimizer.step();
+    scheduler.step();
+  }
+  expect_close(param, want);
+  EXPECT_DOUBLE_EQ(options_of(optimizer, 0).get_lr(), 0.4);
+  EXPECT_DOUBLE_EQ(options_of(optimizer, 1).get_lr(), 0.2);
+  torch::optim::ReduceLROnPlateauScheduler plateau(optimizer, torch::optim::ReduceLROnPlateauScheduler::min,
+                                                   0.1f, /*patience=*/0);
+  for (int step = 0; step < 3; ++step) plateau.step(1.0f);
+  EXPECT_LT(options_of(optimizer, 0).get_lr(), 0.1);
+}
+
+// Two runs of one program: the second one is saved half-way and goes on in new objects.
+class Resume : public testing::Test {
+ protected:
+  static std::vector<torch::Tensor> make_params() {
+    return {leaf({6, 5}, 1), leaf({9}, 2, torch::kBFloat16), leaf({9}, 3, torch::kDouble), leaf({2}, 4)};
+  }
+  static LARS make(const std::vector<torch::Tensor>& params, LARSOptions defaults = 1.0) {
+    return LARS({OptimizerParamGroup({params[0], params[1]}),
+                 group({params[2], params[3]}, LARSOptions().weight_decay(0))},
+                defaults);
+  }
+  static LARSOptions options() {
+    return LARSOptions(0.3)
+        .momentum(0.9)
+        .weight_decay(0.01)
+        .dampening(0.25)
+        .classic_momentum(false)
+        .master_weights(true);
+  }
+  static void train(LARS& optimizer, const std::vector<torch::Tensor>& params, int from, int to) {
+    for (int step = from; step < to; ++step) {
+      set_grads(params, 10 * (step + 1));
+      params[3].mutable_grad() = torch::Tensor();
+      optimizer.step();
+    }
+  }
+  static std::string saved(const torch::optim::Optimizer& optimizer) {
+    std::ostringstream stream;
+    torch::save(optimizer, stream);
+    return stream.str();
+  }
+  static void load(torch::optim::Optimizer& optimizer, const std::string& archive) {
+    std::istringstream stream(archive);
+    torch::load(optimizer, stream);
+  }
+};
+
+TEST_F(Resume, GivesTheBitsOfAnUninterruptedRun) {
+  auto params = make_params();
+  auto optimizer = make(params, options());
+  train(optimizer, params, 0, 3);
+  const auto archive = saved(optimizer);
+  auto resumed_params = detached(params);
+  for (auto& param : resumed_params) param.requires_grad_();
+  train(optimizer, params, 3, 6);
+
+  auto resumed = make(resumed_params);
+  load(resumed, archive);
+  EXPECT_EQ(options_of(resumed, 0), options());
+  EXPECT_EQ(options_of(resumed, 1), LARSOptions(options()).weight_decay(0));
+  EXPECT_EQ(resumed.state().size(), 3u);
+  EXPECT_EQ(state_of(resumed, resumed_params[1]).master_param().scalar_type(), torch::kFloat);
+  train(resumed, resumed_params, 3, 6);
+  expect_same_bits(params, resumed_params);
+}
+
+TEST_F(Resume, LoadReplacesTheStateThatWasThere) {
+  auto params = make_params();
+  auto optimizer = make(params, options());
+  const auto fresh = saved(optimizer);
+  train(optimizer, params, 0, 1);
+  load(optimizer, fresh);
+  EXPECT_EQ(optimizer.state().size(), 0u);
+}
+
+TEST_F(Resume, AFailedLoadChangesNothing) {
+  auto params = make_params();
+  auto optimizer = make(params, options());
+  train(optimizer, params, 0, 1);
+  auto archive = saved(optimizer);
+
+  torch::optim::SGD sgd(
+      {OptimizerParamGroup({params[0], params[1]}), OptimizerParamGroup({params[2], params[3]})}, 0.1);
+  EXPECT_CONTAINS(MESSAGE_OF(load(optimizer, saved(sgd)), fused_lars::InvalidOption),
+                  "the archive has no option trust_coefficient");
+
+  auto other_params = make_params();
+  other_params[0] = leaf({5, 6}, 1);
+  auto other_shapes = make(other_params, LARSOptions(0.7));
+  EXPECT_CONTAINS(MESSAGE_OF(load(other_shapes, archive), fused_lars::ShapeMismatch),
+                  "[6, 5]; expected the shape of its parameter, [5, 6]");
+  EXPECT_EQ(other_shapes.state().size(), 0u);
+  EXPECT_EQ(options_of(other_shapes, 0).lr(), 0.7);
+
+  LARS one_group(make_params(), 0.7);
+  EXPECT_ANY_THROW(load(one_group, archive));
+  EXPECT_EQ(options_of(one_group, 0).lr(), 0.7);
+
+  options_of(optimizer, 1).lr(-1.0);
+  auto target = make(params, LARSOptions(0.7));
+  MESSAGE_OF(load(target, saved(optimizer)), fused_lars::InvalidLearningRate);
+  EXPECT_EQ(options_of(target, 0).lr(), 0.7);
+  EXPECT_EQ(target.state().size(), 0u);
+}
+
+TEST(LARS, TrainsAModelOfTheFrontEnd) {
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(8, 16), torch::nn::ReLU(), torch::nn::Linear(16, 1));
+  const auto inputs = random_tensor({64, 8}, 1), targets = inputs.sum(1, true);
+  const std::unique_ptr<torch::optim::Optimizer> optimizer =
+      std::make_unique<LARS>(model->parameters(), LARSOptions(1.0).momentum(0.9).trust_coefficient(0.02));
+  double first = 0, last = 0;
+  for (int step = 0; step < 60; ++step) {
+    const auto loss = torch::mse_loss(model->forward(inputs), targets);
+    optimizer->zero_grad();
+    loss.backward();
+    optimizer->step();
+    (step == 0 ? first : last) = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.1 * first);
+}
+
+}  // namespace
