@@ -50,10 +50,9 @@ struct InvalidNode : Error {
 
 // Throws ERROR with the concatenation of the remaining arguments unless CONDITION holds. A macro, so
 // that the message is built only on failure and carries the place that found the fault.
-#define FUSED_LARS_CHECK(condition, ERROR, ...)                                     \
-  do {                                                                              \
-    if (!(condition)) [[unlikely]] {                                                \
-      throw ERROR({__func__, __FILE__, static_cast<uint32_t>(__LINE__)},            \
-                  c10::str(__VA_ARGS__));                                           \
-    }                                                                               \
+#define FUSED_LARS_CHECK(condition, ERROR, ...)                                                  \
+  do {                                                                                           \
+    if (!(condition)) [[unlikely]] {                                                             \
+      throw ERROR({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, c10::str(__VA_ARGS__)); \
+    }                                                                                            \
   } while (false)
