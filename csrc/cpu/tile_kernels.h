@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
+#include "../element.h"
 #include "../rule.h"
 
 namespace fused_lars {
-
-enum class Element : uint8_t { f32, f64, f16, bf16 };
 
 // A pointer to elements of a type known at run time.
 struct ElementPointer {

@@ -18,6 +18,8 @@ struct Hyperparameters {
   bool layer_adaptation = true;
   bool classic_momentum = true;
   bool master_weights = false;  // fp16 and bf16 parameters only; others are their own masters
+
+  bool operator==(const Hyperparameters&) const = default;
 };
 
 // Throws the typed error of the first value that is out of range; `group` is named in its message

@@ -1,0 +1,162 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <utility>
+
+namespace fused_lars {
+namespace {
+
+constexpr int64_t kHeaderWords = 2;  // tickets, finished
+constexpr int64_t kTensorWords = 3;  // trust ratio (two), norm items
+
+// How a bucket's tensors are cut.
+class Tiling {
+ public:
+  Tiling(const Kernel& kernel, const std::vector<GroupRow>& groups, const LaunchOptions& options)
+      : kernel_(kernel), groups_(groups), options_(options) {}
+
+  // At least one, so that an empty tensor's trust ratio is written like any other.
+  uint32_t tiles(const LaunchTensor& tensor) const {
+    return static_cast<uint32_t>(std::max<int64_t>(1, (tensor.numel + kernel_.tile - 1) / kernel_.tile));
+  }
+  ItemCounts items(const LaunchTensor& tensor) const {
+    const uint32_t count = tiles(tensor);
+    if (options_.squared_norms) return {count, 0};
+    const bool needs_norms = !options_.given_squared_norms && groups_[tensor.group].hyperparameters.layer_adaptation;
+    return {needs_norms && count > 1 ? count : 0, count};
+  }
+  uint16_t last_tile(const LaunchTensor& tensor) const {
+    return static_cast<uint16_t>(tensor.numel - int64_t{tiles(tensor) - 1} * kernel_.tile);
+  }
+
+ private:
+  const Kernel& kernel_;
+  const std::vector<GroupRow>& groups_;
+  const LaunchOptions& options_;
+};
+
+// Fills a launch's table with as many tensors of bucket.tensors from `begin` on as fit; returns their number.
+class Packer {
+ public:
+  Packer(const Bucket& bucket, const std::vector<GroupRow>& groups, const Tiling& tiling)
+      : bucket_(bucket), groups_(groups), tiling_(tiling) {
+    for (const auto& tensor : bucket.tensors) any_step_ |= tensor.step != nullptr;
+  }
+
+  size_t fill(Parameters& p, size_t begin) {
+    rows_.clear();
+    row_of_group_.assign(groups_.size(), kNoRow);
+    const size_t tensor_bytes = sizeof(TensorRow) + sizeof(ItemCounts) +
+                                (bucket_.types.master + any_step_) * sizeof(void*);
+    size_t bytes = sizeof(ItemCounts), count = 0;
+    for (; begin + count < bucket_.tensors.size(); ++count) {
+      const uint32_t group = bucket_.tensors[begin + count].group;
+      const bool new_row = row_of_group_[group] == kNoRow;
+      bytes += tensor_bytes + (new_row ? sizeof(GroupRow) : 0);
+      if (bytes > Parameters::kTableBytes) break;
+      if (!new_row) continue;
+      row_of_group_[group] = static_cast<uint16_t>(rows_.size());
+      rows_.push_back(groups_[group]);
+    }
+
+    size_t offset = 0;
+    const auto section = [&](size_t entry_bytes, size_t entries) {
+      return static_cast<uint16_t>(std::exchange(offset, offset + entry_bytes * entries));
+    };
+    section(sizeof(GroupRow), rows_.size());
+    p.tensor_rows = section(sizeof(TensorRow), count);
+    p.item_counts = section(sizeof(ItemCounts), count + 1);
+    p.params_of_masters = bucket_.types.master ? section(sizeof(void*), count) : 0;
+    p.steps = any_step_ ? section(sizeof(void*), count) : 0;
+
+    for (size_t i = 0; i < rows_.size(); ++i) write(p, 0, i, rows_[i]);
+    ItemCounts before = {0, 0};
+    for (size_t i = 0; i < count; ++i) {
+      const LaunchTensor& tensor = bucket_.tensors[begin + i];
+      write(p, p.tensor_rows, i,
+            TensorRow{tensor.weight, tensor.grad, tensor.momentum_buffer, tensor.index, row_of_group_[tensor.group],
+                      tiling_.last_tile(tensor)});
+      write(p, p.item_counts, i, before);
+      if (bucket_.types.master) write(p, p.params_of_masters, i, tensor.param);
+      if (any_step_) write(p, p.steps, i, tensor.step);
+      const ItemCounts items = tiling_.items(tensor);
+      before = {before.norms + items.norms, before.updates + items.updates};
+    }
+    write(p, p.item_counts, count, before);
+    p.order.items = before;
+    p.order.tensors = static_cast<uint32_t>(count);
+    return count;
+  }
+
+ private:
+  static constexpr uint16_t kNoRow = 0xffff;
+
+  template <typename T>
+  static void write(Parameters& p, size_t offset, size_t i, const T& value) {
+    *reinterpret_cast<T*>(p.table + offset + i * sizeof(T)) = value;
+  }
+
+  const Bucket& bucket_;
+  const std::vector<GroupRow>& groups_;
+  const Tiling& tiling_;
+  bool any_step_ = false;
+  std::vector<uint16_t> row_of_group_;
+  std::vector<GroupRow> rows_;
+};
+
+Workspace lay_out(void* base, const Order& order) {
+  auto* words = static_cast<uint32_t*>(base);
+  Workspace workspace;
+  workspace.tickets = words;
+  workspace.finished = words + 1;
+  workspace.ratios = reinterpret_cast<uint64_t*>(words + kHeaderWords);
+  workspace.norm_items = words + kHeaderWords + 2 * int64_t{order.tensors};
+  // An even number of words from the base: partial sums are aligned as the base is.
+  workspace.partials = words + kHeaderWords + (kTensorWords * int64_t{order.tensors} + 1) / 2 * 2;
+  return workspace;
+}
+
+}  // namespace
+
+int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options) {
+  const Kernel& kernel = *find_kernel(bucket.types);
+  const Tiling tiling(kernel, groups, options);
+  int64_t words = kHeaderWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size()) + 1;
+  for (const auto& tensor : bucket.tensors) {
+    words += int64_t{tiling.items(tensor).norms} * (kernel.partial_bytes / sizeof(uint32_t));
+  }
+  return words;
+}
+
+cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
+                   void* workspace, cudaStream_t stream) {
+  const Kernel& kernel = *find_kernel(bucket.types);
+  const uint32_t resident = kernel.blocks_per_multiprocessor * static_cast<uint32_t>(options.multiprocessors);
+  Parameters p;
+  p.grad_scale = options.grad_scale;
+  p.found_inf = options.found_inf;
+  p.given_squared_norms = options.given_squared_norms;
+  p.trust_ratios = options.trust_ratios;
+  p.squared_norms = options.squared_norms;
+
+  const Tiling tiling(kernel, groups, options);
+  Packer packer(bucket, groups, tiling);
+  for (size_t begin = 0; begin < bucket.tensors.size();) {
+    begin += packer.fill(p, begin);
+    p.workspace = lay_out(workspace, p.order);
+    static const char* e1 = getenv("EXP_DISTANCE");
+    const int64_t in_l2 = options.l2_bytes / 4 / kernel.norm_item_bytes;
+    p.order.distance = static_cast<uint32_t>(std::clamp<int64_t>(in_l2, 1, (e1 ? atof(e1) : 2) * resident));
+    p.order.forward_tiles = static_cast<uint32_t>(options.l2_bytes / 4 * 3 /
+                                                  (kernel.norm_item_bytes + kernel.momentum_buffer_bytes));
+    void* arguments[] = {&p};
+    const dim3 grid(std::min(ticket_count(p.order), resident));
+    const auto error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel.function), grid, dim3(kernel.threads),
+                                        arguments, 0, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace fused_lars

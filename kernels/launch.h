@@ -1,0 +1,74 @@
+#pragma once
+
+// The host's side of the kernel, without ATen.
+
+#include <cstdint>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include "parameters.h"
+
+namespace fused_lars {
+
+// The element types that the tensors of a launch have in common.
+struct KernelTypes {
+  Element param;
+  Element grad;
+  Element momentum_buffer;
+  bool master;  // fp32
+
+  bool operator==(const KernelTypes&) const = default;
+};
+
+// The kernel for some element types, and what its launcher must know.
+struct Kernel {
+  void (*function)(Parameters);
+  uint32_t threads;
+  uint32_t blocks_per_multiprocessor;
+  uint32_t tile;                   // elements
+  uint32_t norm_item_bytes;        // weights and gradients of a tile
+  uint32_t momentum_buffer_bytes;  // of a tile
+  uint32_t partial_bytes;          // of a norm item in the workspace
+};
+
+// Null where there is none: the types that checks.h lets the step have all have one.
+const Kernel* find_kernel(const KernelTypes& types);
+
+struct LaunchTensor {
+  void* weight;  // the master where there is one
+  const void* grad;
+  void* momentum_buffer;  // null without momentum
+  void* param;            // used where the weight is its master
+  float* step;            // null without dampening
+  int64_t numel;
+  uint32_t index;  // in trust_ratios and squared_norms
+  uint32_t group;
+};
+
+// Tensors of the same element types.
+struct Bucket {
+  KernelTypes types;
+  std::vector<LaunchTensor> tensors;
+};
+
+// What all launches of a step have in common. Either pointer to squared norms makes it half a step: one
+// updates with norms that it is given, the other only takes norms.
+struct LaunchOptions {
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+  const double* given_squared_norms = nullptr;
+  double* trust_ratios = nullptr;
+  double* squared_norms = nullptr;
+  int multiprocessors = 1;
+  int64_t l2_bytes = 0;
+};
+
+// The workspace that launching the bucket takes: int32 words, all zero, which it leaves zero.
+int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options);
+
+// Launches the bucket on `stream`, in one launch if the parameter space holds it.
+cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
+                   void* workspace, cudaStream_t stream);
+
+}  // namespace fused_lars

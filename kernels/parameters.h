@@ -1,0 +1,79 @@
+#pragma once
+
+// What the CUDA step's kernel is launched with. All of it travels in the kernel's parameters, so a step
+// copies nothing to the device and a captured graph holds its own copy.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../csrc/element.h"
+#include "fused_lars/hyperparameters.h"
+#include "order.h"
+
+namespace fused_lars {
+
+// What the tensors of a group share.
+struct GroupRow {
+  Hyperparameters hyperparameters;
+  const void* lr;  // one element of lr_element on the device, in place of hyperparameters.lr; or null
+  Element lr_element;
+
+  bool operator==(const GroupRow&) const = default;
+};
+
+struct TensorRow {
+  void* weight;  // the master where there is one
+  const void* grad;
+  void* momentum_buffer;  // null without momentum
+  uint32_t index;         // in trust_ratios and squared_norms
+  uint16_t group;         // its row
+  uint16_t last_tile;     // elements in the last tile, which may be 0
+};
+
+// Sums of squares of a tile, or of a tensor.
+template <typename T>
+struct Sums {
+  T weight, grad;
+};
+
+// Words that blocks share. All are zero before a launch and after it.
+struct Workspace {
+  uint32_t* tickets;    // handed out so far
+  uint32_t* finished;   // blocks that have left
+  uint64_t* ratios;     // for each tensor: the trust ratio once it is known, encoded by step_kernel.cuh
+  uint32_t* norm_items; // for each tensor: norm items that are done
+  void* partials;       // for each norm item: Sums, of double for fp64 weights and of float for others
+};
+
+struct LaunchArguments {
+  Order order;
+  Workspace workspace;
+  const float* grad_scale;            // null: 1
+  const float* found_inf;             // null: 0
+  const double* given_squared_norms;  // null: the kernel takes norms
+  double* trust_ratios;               // may be null
+  double* squared_norms;              // where a launch without update items writes its result
+
+  // Byte offsets in Parameters::table of what each tensor has. 0 for the last two: no tensor has any.
+  uint16_t tensor_rows;
+  uint16_t item_counts;        // ItemCounts before each tensor, and of all after the last
+  uint16_t params_of_masters;  // pointers
+  uint16_t steps;              // pointers, which may be null
+};
+
+struct Parameters : LaunchArguments {
+  // Kernel parameters may take 32,764 bytes (CUDA 12.1, compute capability 7.0).
+  static constexpr size_t kTableBytes = 32760 - sizeof(LaunchArguments);
+  alignas(8) unsigned char table[kTableBytes];  // group rows, then what the offsets say
+
+  template <typename T>
+  FUSED_LARS_INLINE const T& entry(uint32_t offset, uint32_t i) const {
+    return reinterpret_cast<const T*>(table + offset)[i];
+  }
+  FUSED_LARS_INLINE const GroupRow& group(uint32_t i) const { return entry<GroupRow>(0, i); }
+  FUSED_LARS_INLINE const TensorRow& tensor(uint32_t i) const { return entry<TensorRow>(tensor_rows, i); }
+  FUSED_LARS_INLINE const ItemCounts& items_before(uint32_t i) const { return entry<ItemCounts>(item_counts, i); }
+};
+static_assert(sizeof(Parameters) <= 32764);
+
+}  // namespace fused_lars

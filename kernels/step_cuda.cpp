@@ -1,0 +1,152 @@
+// The CUDA backend as the ops see it: tensors to buckets, streams, devices and the workspace.
+
+#include <algorithm>
+
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../csrc/step.h"
+#include "launch.h"
+
+namespace fused_lars {
+namespace {
+
+Element element(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return Element::f64;
+    case at::kHalf:
+      return Element::f16;
+    case at::kBFloat16:
+      return Element::bf16;
+    default:
+      return Element::f32;
+  }
+}
+
+template <typename T>
+T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+// The bucket of the given types, made where there is none yet.
+std::vector<LaunchTensor>& bucket_of(std::vector<Bucket>& buckets, const KernelTypes& types) {
+  for (auto& bucket : buckets) {
+    if (bucket.types == types) return bucket.tensors;
+  }
+  buckets.push_back({types, {}});
+  return buckets.back().tensors;
+}
+
+// Launches the buckets on the device of `like`, with the caller's workspace or one of its own.
+void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups, LaunchOptions options,
+                at::Tensor workspace, const at::Tensor& like) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  options.multiprocessors = device->multiProcessorCount;
+  options.l2_bytes = device->l2CacheSize;
+
+  int64_t words = 0;
+  for (const auto& bucket : buckets) words = std::max(words, workspace_words(bucket, groups, options));
+  if (!workspace.defined()) {
+    workspace = at::zeros({words}, like.options().dtype(at::kInt));
+  } else if (workspace.numel() < words) {
+    workspace.resize_({words}).zero_();
+  }
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  for (const auto& bucket : buckets) {
+    C10_CUDA_CHECK(launch(bucket, groups, options, workspace.data_ptr(), stream));
+  }
+}
+
+}  // namespace
+
+void step_cuda(const Step& step) {
+  // Rows of equal content are one, so that many groups fit in one launch. Those before are likely the same.
+  std::vector<GroupRow> rows;
+  std::vector<uint32_t> row_of_group;
+  std::vector<at::Tensor> converted;  // keeps memory alive until the launches are in the stream
+  for (size_t group = 0; group < step.groups.size(); ++group) {
+    GroupRow row{.hyperparameters = step.groups[group], .lr = nullptr, .lr_element = Element::f32};
+    if (!step.lr_tensors.empty() && step.lr_tensors[group].defined()) {
+      auto lr = step.lr_tensors[group];
+      if (element(lr) == Element::f32 && lr.scalar_type() != at::kFloat) {
+        converted.push_back(lr = lr.to(at::kFloat));  // an 8-bit type
+      }
+      row.lr = lr.data_ptr();
+      row.lr_element = element(lr);
+    }
+    const auto known = std::find(rows.rbegin(), rows.rend(), row);
+    row_of_group.push_back(static_cast<uint32_t>(rows.rend() - known) - 1);
+    if (known == rows.rend()) {
+      row_of_group.back() = static_cast<uint32_t>(rows.size());
+      rows.push_back(row);
+    }
+  }
+
+  std::vector<Bucket> buckets;
+  const auto add = [&](size_t i) {
+    const auto& tensor = step.tensors[i];
+    const bool master = tensor.master_param.defined();
+    const auto momentum_type = tensor.momentum_buffer.defined() ? tensor.momentum_buffer : tensor.weight();
+    bucket_of(buckets, {element(tensor.param), element(tensor.grad), element(momentum_type), master})
+        .push_back({.weight = tensor.weight().data_ptr(),
+                    .grad = tensor.grad.const_data_ptr(),
+                    .momentum_buffer = data_or_null<void>(tensor.momentum_buffer),
+                    .param = tensor.param.data_ptr(),
+                    .step = data_or_null<float>(tensor.step),
+                    .numel = tensor.param.numel(),
+                    .index = static_cast<uint32_t>(i),
+                    .group = row_of_group[tensor.group]});
+  };
+  if (step.squared_norms.defined()) {
+    // The norms were taken by a launch before this one; what it read last is what L2 still holds.
+    for (size_t i = step.tensors.size(); i-- > 0;) add(i);
+  } else {
+    for (size_t i = 0; i < step.tensors.size(); ++i) add(i);
+  }
+
+  LaunchOptions options;
+  options.grad_scale = data_or_null<const float>(step.grad_scale);
+  options.found_inf = data_or_null<const float>(step.found_inf);
+  options.given_squared_norms = data_or_null<const double>(step.squared_norms);
+  options.trust_ratios = data_or_null<double>(step.trust_ratios);
+  launch_all(buckets, rows, options, step.workspace, step.tensors[0].param);
+}
+
+at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads) {
+  const auto count = static_cast<int64_t>(params.size());
+  auto result = at::empty({count, 2}, params[0].options().dtype(at::kDouble));
+  std::vector<Bucket> buckets;
+  std::vector<at::Tensor> converted;
+  for (int64_t i = 0; i < count; ++i) {
+    auto param = params[i], grad = grads[i];
+    KernelTypes types{element(param), element(grad), element(param), /*master=*/false};
+    if (types.param == Element::f32 && (types.grad == Element::f16 || types.grad == Element::bf16)) {
+      types = {types.grad, types.grad, Element::f32, /*master=*/true};
+    } else if (types.grad != types.param && types.grad != Element::f32) {  // a pair that no step has
+      converted.push_back(param = param.to(at::kDouble));
+      converted.push_back(grad = grad.to(at::kDouble));
+      types = {Element::f64, Element::f64, Element::f64, /*master=*/false};
+    }
+    bucket_of(buckets, types)
+        .push_back({.weight = param.data_ptr(),
+                    .grad = grad.data_ptr(),
+                    .momentum_buffer = nullptr,
+                    .param = nullptr,
+                    .step = nullptr,
+                    .numel = param.numel(),
+                    .index = static_cast<uint32_t>(i),
+                    .group = 0});
+  }
+  LaunchOptions options;
+  options.squared_norms = result.data_ptr<double>();
+  launch_all(buckets, {GroupRow{}}, options, at::Tensor(), result);
+  return result;
+}
+
+}  // namespace fused_lars

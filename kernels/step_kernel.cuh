@@ -1,0 +1,237 @@
+#pragma once
+
+// The kernel: blocks that stay and work off items in the order of order.h.
+//
+// A norm item leaves its sums in the workspace and counts its tensor up. The block that completes the count
+// adds the tensor's sums in tile order and publishes the trust ratio, for which the tensor's update items
+// wait. A tensor of one tile has one item that does both from registers.
+//
+// Each block draws its next ticket and looks up the item while the present one's loads are under way, and
+// passes one barrier an item. Whatever one item hands to the next through shared memory is therefore kept
+// twice, in turns: a thread that writes turn t has passed the barrier of turn t - 1, before which all threads
+// were done with what turn t - 2 left there.
+
+#include <cuda/atomic>
+
+#include "parameters.h"
+#include "tile.cuh"
+
+namespace fused_lars {
+
+constexpr int kBlocksPerMultiprocessor = 2;
+
+template <typename T>
+using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
+
+// A trust ratio as blocks hand it to each other. Ratios are not negative, so the sign bit is free to say
+// that there is one: all bits zero means not yet.
+__device__ __forceinline__ uint64_t encode_ratio(double q) { return __double_as_longlong(q) | 1ull << 63; }
+__device__ __forceinline__ double decode_ratio(uint64_t bits) { return __longlong_as_double(bits & ~(1ull << 63)); }
+
+// What a block is to do in one turn. Made by one thread, read by all.
+template <typename Types>
+struct Work {
+  Tile<Types> tile;
+  WorkItem item;
+  uint32_t tiles;  // of the tensor
+  bool takes_norms;
+  bool is_last;  // no item: the block is done
+};
+
+__device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
+  return DeviceAtomic<uint32_t>(*p.workspace.tickets).fetch_add(1, cuda::memory_order_relaxed);
+}
+
+template <typename Types>
+__device__ __forceinline__ Work<Types> look_up(const Parameters& p, uint32_t ticket) {
+  Work<Types> work;
+  work.is_last = ticket >= ticket_count(p.order);
+  if (work.is_last) return work;
+  work.item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); });
+  const uint32_t tensor = work.item.tensor;
+  const TensorRow row = p.tensor(tensor);
+  const ItemCounts begin = p.items_before(tensor), end = p.items_before(tensor + 1);
+  const bool has_norm_items = end.norms != begin.norms;
+  work.tiles = has_norm_items ? end.norms - begin.norms : end.updates - begin.updates;
+  // A tensor whose norms are needed and which has no norm items has one tile.
+  work.takes_norms = work.item.is_update ? !has_norm_items && p.given_squared_norms == nullptr &&
+                                               p.group(row.group).hyperparameters.layer_adaptation
+                                         : true;
+
+  auto& tile = work.tile;
+  const uint64_t offset = static_cast<uint64_t>(work.item.tile) * Types::kTile;
+  tile.weight = static_cast<typename Types::Weight*>(row.weight) + offset;
+  tile.grad = static_cast<const typename Types::Grad*>(row.grad) + offset;
+  tile.momentum_buffer = nullptr;
+  if (row.momentum_buffer != nullptr) {
+    tile.momentum_buffer = static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer) + offset;
+  }
+  if constexpr (Types::kHasMaster) tile.param = p.entry<typename Types::Param*>(p.params_of_masters, tensor) + offset;
+  tile.count = work.item.tile + 1 == work.tiles ? row.last_tile : Types::kTile;
+  const auto misaligned = [](const auto* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % (sizeof(*pointer) * Types::kVector) != 0;
+  };
+  bool scalar = misaligned(tile.weight) || misaligned(tile.grad) || misaligned(tile.momentum_buffer);
+  if constexpr (Types::kHasMaster) scalar = scalar || misaligned(tile.param);
+  tile.vectors = scalar ? 0 : tile.count;
+  return work;
+}
+
+__device__ __forceinline__ double learning_rate(const GroupRow& group) {
+  if (group.lr == nullptr) return group.hyperparameters.lr;
+  switch (group.lr_element) {
+    case Element::f64:
+      return *static_cast<const double*>(group.lr);
+    case Element::f16:
+      return __half2float(*static_cast<const __half*>(group.lr));
+    case Element::bf16:
+      return __bfloat162float(*static_cast<const __nv_bfloat16*>(group.lr));
+    default:
+      return *static_cast<const float*>(group.lr);
+  }
+}
+
+__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor, Sums<double> squared_norms) {
+  const GroupRow& group = p.group(p.tensor(tensor).group);
+  return trust_ratio(group.hyperparameters, learning_rate(group), squared_norms.weight, squared_norms.grad,
+                     p.grad_scale == nullptr ? 1.0 : *p.grad_scale);
+}
+
+// The trust ratio of a tensor that does not take its norms in this launch.
+__device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, uint32_t tensor) {
+  Sums<double> given = {0.0, 0.0};
+  if (p.given_squared_norms != nullptr) {
+    const double* row = p.given_squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
+    given = {row[0], row[1]};
+  }
+  return trust_ratio(p, tensor, given);
+}
+
+// Waits for the block that completes the tensor's norms.
+__device__ __forceinline__ double published_trust_ratio(const Parameters& p, uint32_t tensor) {
+  const DeviceAtomic<uint64_t> ratio(p.workspace.ratios[tensor]);
+  uint64_t bits;
+  while ((bits = ratio.load(cuda::memory_order_acquire)) == 0) __nanosleep(64);
+  return decode_ratio(bits);
+}
+
+// What the elements of an update item are multiplied by; records q where that is asked for.
+template <typename Types>
+__device__ __forceinline__ Coefficients<typename Types::Compute> update_coefficients(const Parameters& p,
+                                                                                     const WorkItem& item,
+                                                                                     double q) {
+  const TensorRow& row = p.tensor(item.tensor);
+  const GroupRow& group = p.group(row.group);
+  if (p.trust_ratios != nullptr && item.tile == 0) p.trust_ratios[row.index] = q;
+  const float* step = p.steps == 0 ? nullptr : p.entry<const float*>(p.steps, item.tensor);
+  return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q,
+                                               p.grad_scale == nullptr ? 1.0 : *p.grad_scale,
+                                               /*first_step=*/step != nullptr && *step == 0.0f);
+}
+
+// Warp 0: stores a tile's sums, given by lane 0. The last tile of a tensor completes its norms.
+template <typename T>
+__device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkItem& item, uint32_t tiles, Sums<T> sums) {
+  const uint32_t lane = threadIdx.x;
+  Sums<T>* partials = static_cast<Sums<T>*>(p.workspace.partials) + p.items_before(item.tensor).norms;
+  uint32_t& counter = p.workspace.norm_items[item.tensor];
+  uint32_t done = 0;
+  if (lane == 0) {
+    partials[item.tile] = sums;
+    done = 1 + DeviceAtomic<uint32_t>(counter).fetch_add(1, cuda::memory_order_acq_rel);
+  }
+  if (__shfl_sync(~0u, done, 0) != tiles) return;
+  __syncwarp();
+
+  // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed tree.
+  Sums<double> total = {0.0, 0.0};
+  for (uint32_t tile = lane; tile < tiles; tile += 32) {
+    total.weight += partials[tile].weight;
+    total.grad += partials[tile].grad;
+    partials[tile] = {};
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    total.weight += __shfl_down_sync(~0u, total.weight, distance);
+    total.grad += __shfl_down_sync(~0u, total.grad, distance);
+  }
+  if (lane != 0) return;
+  counter = 0;
+  if (p.squared_norms != nullptr) {
+    double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
+    row[0] = total.weight;
+    row[1] = total.grad;
+  } else {
+    const uint64_t ratio = encode_ratio(trust_ratio(p, item.tensor, total));
+    DeviceAtomic<uint64_t>(p.workspace.ratios[item.tensor]).store(ratio, cuda::memory_order_release);
+  }
+}
+
+// The last block to leave zeroes what is left of the workspace and counts the step.
+__device__ __forceinline__ void leave(const Parameters& p) {
+  __shared__ bool is_last_block;
+  if (threadIdx.x == 0) {
+    const auto before = DeviceAtomic<uint32_t>(*p.workspace.finished).fetch_add(1, cuda::memory_order_acq_rel);
+    is_last_block = before == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last_block) return;
+  for (uint32_t tensor = threadIdx.x; tensor < p.order.tensors; tensor += kThreads) {
+    p.workspace.ratios[tensor] = 0;
+    float* step = p.steps == 0 ? nullptr : p.entry<float*>(p.steps, tensor);
+    if (step != nullptr) *step += 1.0f;
+  }
+  if (threadIdx.x == 0) *p.workspace.tickets = *p.workspace.finished = 0;
+}
+
+template <typename Types>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    step_kernel(const __grid_constant__ Parameters p) {
+  if (p.found_inf != nullptr && *p.found_inf != 0.0f) return;  // any value but 0: ranks may have been added up
+
+  using Agent = TileAgent<Types>;
+  using Compute = typename Types::Compute;
+  __shared__ Work<Types> shared_work[2];
+  __shared__ Coefficients<Compute> shared_coefficients[2];
+  __shared__ typename Agent::Storage storage[2];
+
+  if (threadIdx.x == 0) {
+    shared_work[0] = look_up<Types>(p, draw_ticket(p));
+  }
+  __syncthreads();
+
+  for (uint32_t turn = 0;; turn ^= 1) {
+    const Work<Types> work = shared_work[turn];
+    if (work.is_last) break;
+    Agent agent;
+    if (work.item.is_update) {
+      agent.template load<true>(work.tile);
+    } else {
+      agent.template load<false>(work.tile);
+    }
+    if (threadIdx.x == 0) {
+      if (!work.takes_norms) {
+        const bool has_norm_items = p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
+        const double q = has_norm_items ? published_trust_ratio(p, work.item.tensor)
+                                        : trust_ratio_without_norms(p, work.item.tensor);
+        shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
+      }
+      shared_work[turn ^ 1] = look_up<Types>(p, draw_ticket(p));
+    }
+    if (work.takes_norms) {
+      const Sums<Compute> sums = agent.squared_sums(storage[turn]);
+      if (!work.item.is_update) {
+        if (threadIdx.x < 32) count_norm_item(p, work.item, work.tiles, sums);
+        continue;
+      }
+      if (threadIdx.x == 0) {
+        const double q = trust_ratio(p, work.item.tensor, {sums.weight, sums.grad});
+        shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
+      }
+    }
+    __syncthreads();
+    agent.update(work.tile, shared_coefficients[turn]);
+  }
+  leave(p);
+}
+
+}  // namespace fused_lars

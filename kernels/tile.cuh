@@ -1,0 +1,235 @@
+#pragma once
+
+// What a block does with one tile: load it into registers, sum its squares, update it.
+//
+// Element e of a tile belongs to the same thread and is summed in the same place whether it is read by a
+// vector access or alone, so alignment does not change a bit.
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include <cub/block/block_reduce.cuh>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../csrc/rule.h"
+#include "parameters.h"
+
+namespace fused_lars {
+
+constexpr int kThreads = 128;
+constexpr int kVectorsPerThread = 4;
+constexpr int kVectorBytes = 16;
+
+// The element types of a launch. The weight is what the rule reads and writes: the parameter, or its fp32 master.
+template <typename Param_, typename Grad_, typename MomentumBuffer_, typename Weight_ = Param_>
+struct TensorTypes {
+  using Param = Param_;
+  using Grad = Grad_;
+  using MomentumBuffer = MomentumBuffer_;
+  using Weight = Weight_;
+  using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
+  static constexpr bool kHasMaster = !std::is_same_v<Param, Weight>;
+
+  // Elements of a vector: the widest type is accessed by 16 bytes.
+  static constexpr size_t kVector =
+      kVectorBytes / std::max({sizeof(Weight), sizeof(Grad), sizeof(MomentumBuffer)});
+  static constexpr uint32_t kTile = kThreads * kVectorsPerThread * kVector;
+};
+
+// Elements as one access reads and writes them. Those of 16 bits stay packed until they are used: a tile of
+// them unpacked would not fit in registers.
+template <typename T, int kVector>
+struct Packed {
+  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
+  static constexpr int kWords = kVector * sizeof(T) / sizeof(Word);
+  Word words[kWords];
+
+  __device__ __forceinline__ T get(int e) const {
+    if constexpr (sizeof(T) == 2) {
+      const auto bits = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
+      T element;
+      memcpy(&element, &bits, sizeof element);
+      return element;
+    } else {
+      return words[e];
+    }
+  }
+  __device__ __forceinline__ void set(int e, T element) {
+    if constexpr (sizeof(T) == 2) {
+      uint16_t bits;
+      memcpy(&bits, &element, sizeof element);
+      const uint32_t other = words[e / 2] & (e % 2 == 0 ? 0xffff0000u : 0x0000ffffu);
+      words[e / 2] = other | static_cast<uint32_t>(bits) << (e % 2 * 16);
+    } else {
+      words[e] = element;
+    }
+  }
+};
+
+// CUDA's vector of some words.
+template <typename Word, int kWords>
+struct AccessOf;
+template <>
+struct AccessOf<float, 4> {
+  using Type = float4;
+};
+template <>
+struct AccessOf<float, 2> {
+  using Type = float2;
+};
+template <>
+struct AccessOf<double, 2> {
+  using Type = double2;
+};
+template <>
+struct AccessOf<uint32_t, 4> {
+  using Type = uint4;
+};
+template <>
+struct AccessOf<uint32_t, 2> {
+  using Type = uint2;
+};
+template <typename P>
+using Access = typename AccessOf<typename P::Word, P::kWords>::Type;
+
+// kLast: this step does not read it again, so L2 may evict it first. Else a later item will.
+template <bool kLast, typename T>
+__device__ __forceinline__ T load_hinted(const T* from) {
+  return kLast ? __ldcs(from) : __ldcg(from);
+}
+
+// kVector elements at `from`: by one access, or one by one, of which `inside` exist and the others are 0.
+template <bool kLast, typename T, int kVector>
+__device__ __forceinline__ void load(Packed<T, kVector>& to, const T* from, bool vector, int inside) {
+  using A = Access<Packed<T, kVector>>;
+  if (vector) {
+    const A loaded = load_hinted<kLast>(reinterpret_cast<const A*>(from));
+    memcpy(to.words, &loaded, sizeof loaded);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) to.set(e, e < inside ? load_hinted<kLast>(from + e) : T(0.0f));
+  }
+}
+
+template <typename T, int kVector>
+__device__ __forceinline__ void store(const Packed<T, kVector>& from, T* to, bool vector, int inside) {
+  using A = Access<Packed<T, kVector>>;
+  if (vector) {
+    A stored;
+    memcpy(&stored, from.words, sizeof stored);
+    __stcs(reinterpret_cast<A*>(to), stored);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      if (e < inside) __stcs(to + e, from.get(e));
+    }
+  }
+}
+
+// One tile of one tensor.
+template <typename Types>
+struct Tile {
+  typename Types::Weight* weight;
+  const typename Types::Grad* grad;
+  typename Types::MomentumBuffer* momentum_buffer;  // null without momentum
+  typename Types::Param* param;                     // where the weight is its master
+  uint32_t count;    // elements
+  uint32_t vectors;  // elements that may be accessed by vectors: count, or 0 where a pointer is misaligned
+};
+
+// A block's hold on one tile. All threads call all of its functions together.
+template <typename Types>
+class TileAgent {
+  static constexpr int kVector = Types::kVector;
+  using Compute = typename Types::Compute;
+  using BlockReduce = cub::BlockReduce<Compute, kThreads>;
+
+ public:
+  struct Storage {
+    typename BlockReduce::TempStorage weight, grad;
+  };
+
+  template <bool kUpdate>
+  __device__ __forceinline__ void load(const Tile<Types>& tile) {
+    for_each_vector(tile, [&](int k, uint32_t first, bool vector, int inside) {
+      fused_lars::load<kUpdate>(weight_[k], tile.weight + first, vector, inside);
+      fused_lars::load<kUpdate>(grad_[k], tile.grad + first, vector, inside);
+      momentum_buffer_[k] = {};
+      if (kUpdate && tile.momentum_buffer != nullptr) {
+        fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first, vector, inside);
+      }
+    });
+  }
+
+  // Sums of squares of the loaded tile, in thread 0. Passes two barriers.
+  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage) const {
+    Sums<Compute> sums = {};
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const auto weight = static_cast<Compute>(weight_[k].get(e));
+        const auto grad = static_cast<Compute>(grad_[k].get(e));
+        sums.weight = fma(weight, weight, sums.weight);
+        sums.grad = fma(grad, grad, sums.grad);
+      }
+    }
+    return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
+  }
+
+  // Applies the rule to the loaded tile and stores it.
+  __device__ __forceinline__ void update(const Tile<Types>& tile, Coefficients<Compute> c) {
+    if (c.nesterov) {
+      c.nesterov = true;  // known to the compiler from here
+      update_elements(tile, c);
+    } else {
+      c.nesterov = false;
+      update_elements(tile, c);
+    }
+  }
+
+ private:
+  // Calls f(k, first element, by vector?, else how many elements exist) for each of this thread's vectors.
+  template <typename F>
+  static __device__ __forceinline__ void for_each_vector(const Tile<Types>& tile, const F& f) {
+    const uint32_t first = threadIdx.x * kVector;
+    if (tile.vectors == Types::kTile) {
+#pragma unroll
+      for (int k = 0; k < kVectorsPerThread; ++k) f(k, first + k * kThreads * kVector, true, kVector);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectorsPerThread; ++k) {
+        const uint32_t begin = first + k * kThreads * kVector;
+        f(k, begin, begin + kVector <= tile.vectors, static_cast<int>(tile.count) - static_cast<int>(begin));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void update_elements(const Tile<Types>& tile, const Coefficients<Compute>& c) {
+    for_each_vector(tile, [&](int k, uint32_t first, bool vector, int inside) {
+      Packed<typename Types::Param, kVector> param;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        auto weight = static_cast<Compute>(weight_[k].get(e));
+        auto momentum_buffer = static_cast<Compute>(momentum_buffer_[k].get(e));
+        fused_lars::update(c, static_cast<Compute>(grad_[k].get(e)), weight, momentum_buffer);
+        weight_[k].set(e, static_cast<typename Types::Weight>(weight));
+        momentum_buffer_[k].set(e, static_cast<typename Types::MomentumBuffer>(momentum_buffer));
+        if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
+      }
+      store(weight_[k], tile.weight + first, vector, inside);
+      if (tile.momentum_buffer != nullptr) {
+        store(momentum_buffer_[k], tile.momentum_buffer + first, vector, inside);
+      }
+      if constexpr (Types::kHasMaster) store(param, tile.param + first, vector, inside);
+    });
+  }
+
+  Packed<typename Types::Weight, kVector> weight_[kVectorsPerThread];
+  Packed<typename Types::Grad, kVector> grad_[kVectorsPerThread];
+  Packed<typename Types::MomentumBuffer, kVector> momentum_buffer_[kVectorsPerThread];
+};
+
+}  // namespace fused_lars
