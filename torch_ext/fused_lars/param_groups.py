@@ -44,7 +44,12 @@ def param_groups(
             full_name = f"{prefix}.{name}" if prefix else name
             excluded = _is_bias_or_norm(module, name) or (exclude is not None and exclude(full_name, param))
             (others if excluded else weights).append((full_name, param))
-    return [
+    groups = [
         {"params": weights, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "layer_adaptation": False},
     ]
+    for group in groups:
+        # torch takes an empty group for one without names and refuses it beside one with names.
+        if not group["params"]:
+            group["param_names"] = []
+    return groups

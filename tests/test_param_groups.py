@@ -1,0 +1,180 @@
+"""param_groups on models of every build: each parameter once, with its name, in the right group."""
+
+import pytest
+import torch
+from torch import nn
+
+from fused_lars import LARS, param_groups
+
+
+def names(group):
+    return {name for name, _ in group["params"]}
+
+
+def check_complete(model, groups):
+    """Two groups that hold every parameter once under the name that the model has for it."""
+    assert [set(group) for group in groups] == [
+        {"params", "weight_decay"},
+        {"params", "weight_decay", "layer_adaptation"},
+    ]
+    assert groups[1]["weight_decay"] == 0.0
+    assert groups[1]["layer_adaptation"] is False
+    named = [pair for group in groups for pair in group["params"]]
+    expected = dict(model.named_parameters())
+    assert len(named) == len(expected)
+    assert all(expected[name] is p for name, p in named)
+
+
+def test_resnet():
+    models = pytest.importorskip("torchvision.models")
+    model = models.resnet18()
+    groups = param_groups(model, weight_decay=1e-4)
+    check_complete(model, groups)
+    assert groups[0]["weight_decay"] == 1e-4
+    assert names(groups[0]) == {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert {"bn1.weight", "bn1.bias", "fc.bias", "layer2.0.downsample.1.weight"} <= names(groups[1])
+
+
+def test_transformer():
+    """in_proj_bias is no module's "bias"; in_proj_weight is a weight."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+    groups = param_groups(model)
+    check_complete(model, groups)
+    assert groups[0]["weight_decay"] == 0.0
+    of_layer = {
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj.weight",
+        "linear1.weight",
+        "linear2.weight",
+    }
+    assert names(groups[0]) == {f"layers.{i}.{name}" for i in range(2) for name in of_layer}
+    assert "layers.0.self_attn.in_proj_bias" in names(groups[1])
+
+
+def test_attention_with_extra_biases():
+    """bias_k and bias_v have three dimensions and are biases still."""
+    groups = param_groups(nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=4, vdim=4))
+    assert {"bias_k", "bias_v", "in_proj_bias", "out_proj.bias"} == names(groups[1])
+    assert {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"} == names(groups[0])
+
+
+def test_vision_transformer():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
+    groups = param_groups(model, weight_decay=0.1)
+    check_complete(model, groups)
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names(
+        groups[0]
+    )
+    assert {"norm.weight", "blocks.1.norm2.bias", "blocks.0.mlp.fc1.bias"} <= names(groups[1])
+
+
+def test_recurrent_layers():
+    """bias_ih_l0 and its kin."""
+    groups = param_groups(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2))
+    assert all("weight" in name for name in names(groups[0]))
+    assert len(names(groups[0])) == 12
+    assert len(names(groups[1])) == 8
+    assert all(name.startswith("bias_") for name in names(groups[1]))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(4),
+        nn.RMSNorm(4),
+        nn.LazyBatchNorm1d(),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_normalisation_layers(norm):
+    weights, others = param_groups(nn.Sequential(nn.Linear(4, 4, bias=False), norm))
+    assert names(weights) == {"0.weight"}
+    assert names(others) == {f"1.{name}" for name, _ in norm.named_parameters()}
+
+
+def test_a_models_own_norm_class():
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    assert names(param_groups(LlamaRMSNorm())[1]) == {"weight"}
+
+
+def test_a_subclass_of_a_norm():
+    class Whitening(nn.LayerNorm):
+        pass
+
+    assert names(param_groups(Whitening(3))[1]) == {"weight", "bias"}
+
+
+def test_tied_weights():
+    """One parameter in one group, under its first name, as named_parameters() has it."""
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
+    model["head"].weight = model["embed"].weight
+    groups = param_groups(model, weight_decay=0.1)
+    check_complete(model, groups)
+    assert names(groups[0]) == {"embed.weight"}
+    assert names(groups[1]) == {"head.bias"}
+
+
+def test_parameters_of_the_model_itself():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+            self.inner = nn.ParameterList([torch.ones(2, 2)])
+
+    groups = param_groups(Model())
+    assert names(groups[0]) == {"scale", "inner.0"}
+    assert names(groups[1]) == {"bias"}
+
+
+def test_frozen_parameters_are_listed():
+    """They have no gradient, so a step passes over them; unfreezing needs no new optimizer."""
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    check_complete(model, param_groups(model))
+
+
+def test_exclude():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    groups = param_groups(model, 0.1, exclude=lambda name, p: name.startswith("0.") and p.ndim == 2)
+    check_complete(model, groups)
+    assert names(groups[0]) == {"1.weight"}
+    assert names(groups[1]) == {"0.weight", "1.bias"}
+
+
+def test_training_with_groups():
+    """Weights are adapted and decayed; the others take plain steps."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = LARS(param_groups(model, weight_decay=0.1), lr=0.5, trust_coefficient=0.01)
+    assert [group["layer_adaptation"] for group in optimizer.param_groups] == [True, False]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.ones(2, 3)).pow(3).sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name == "0.weight":
+            w, g = before[name].norm(), p.grad.norm()
+            q = 0.01 * w / (g + 0.1 * w)
+            expected = before[name] - 0.5 * q * (p.grad + 0.1 * before[name])
+        else:
+            expected = before[name] - 0.5 * p.grad
+        torch.testing.assert_close(p.detach(), expected)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight"]
+
+
+def test_a_model_without_one_of_the_groups():
+    """An empty group beside one with names."""
+    for model, empty in ((nn.Linear(3, 2, bias=False), 1), (nn.LayerNorm(3), 0)):
+        groups = param_groups(model, weight_decay=0.1)
+        assert groups[empty]["params"] == []
+        optimizer = LARS(groups, lr=0.1)
+        optimizer.load_state_dict(optimizer.state_dict())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
