@@ -1,0 +1,31 @@
+"""show_config() and the package's names."""
+
+import re
+
+import torch
+
+import fused_lars
+
+
+def test_versions():
+    text = fused_lars.show_config()
+    assert f"fused_lars {fused_lars.__version__}" in text
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", fused_lars.__version__)
+    built_for = re.search(r"^torch: (\d+\.\d+)", text, re.MULTILINE).group(1)
+    assert torch.__version__.startswith(built_for)
+    assert re.search(r"^CUDA: \S+", text, re.MULTILINE)
+    assert re.search(r"^CPU: (baseline|avx2|avx512), \d+ threads$", text, re.MULTILINE)
+
+
+def test_cuda_is_said_as_it_is():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", "CUDA")
+    line = re.search(r"^CUDA: (.*)$", fused_lars.show_config(), re.MULTILINE).group(1)
+    assert bool(re.search(r"\d", line)) == has_kernel, line
+
+
+def test_names():
+    for name in ("LARS", "param_groups", "show_config", "ops"):
+        assert name in fused_lars.__all__
+    assert all(hasattr(fused_lars, name) for name in fused_lars.__all__)
+    assert fused_lars.ops is torch.ops.fused_lars
+    assert issubclass(fused_lars.LARS, torch.optim.Optimizer)
