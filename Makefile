@@ -2,6 +2,9 @@
 # PYTHON3 is the Python to make .venv with, TORCH what pip installs as torch (2.6 or newer). FUSED_LARS_CUDA and
 # TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake.
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 PYTHON3 ?= python3
 TORCH ?= torch==2.14.1
 JOBS ?= $(shell nproc)
@@ -78,7 +81,7 @@ $(VENV)/lint.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/%-$(STAMP): pyproject.toml | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
-	pip install --group build --group $* "$(TORCH)"
+	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }
 	@touch $@
 
 # nvcc for the torch that is installed, where the CUDA part is wanted and the machine has no toolkit.
