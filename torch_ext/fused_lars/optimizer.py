@@ -1,6 +1,7 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state, and hands them to one op call a device."""
 
 import re
+import sys
 from functools import partial
 from operator import itemgetter
 
@@ -146,6 +147,7 @@ class LARS(Optimizer):
         }
         _check_group(defaults)
         self._scratch: dict[tuple[torch.device, bool], _Scratch] = {}
+        self._sharding = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state) -> None:
@@ -155,6 +157,9 @@ class LARS(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._sharding = None
+        for index in range(len(self.param_groups)):
+            self._prepare_sharding(index)
 
     def add_param_group(self, param_group) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
@@ -170,6 +175,16 @@ class LARS(Optimizer):
                 param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
                 _check_fused(params)
         super().add_param_group(param_group)
+        try:
+            self._prepare_sharding(len(self.param_groups) - 1)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _prepare_sharding(self, index) -> None:
+        sharding = _sharding_module()
+        if sharding and sharding.has_dtensors(self.param_groups[index], index) and self._sharding is None:
+            self._sharding = sharding.Sharding()
 
     def load_state_dict(self, state_dict) -> None:
         """Loads a state of LARS, in torch's format.
@@ -221,6 +236,7 @@ class LARS(Optimizer):
                     f"only {sorted(k for k in group if k != 'params')}"
                 )
             _check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
+        sharding = _sharding_module()
         for saved_id, param in self._saved_ids(state_dict):
             for key in ("momentum_buffer", "master_param"):
                 value = state_dict["state"].get(saved_id, {}).get(key)
@@ -229,6 +245,8 @@ class LARS(Optimizer):
                         f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}; "
                         f"expected the shape of the parameter, {tuple(param.shape)}"
                     )
+                if isinstance(value, Tensor) and sharding:
+                    sharding.check_state(saved_id, key, value, param)
 
     def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
@@ -284,24 +302,9 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        calls: dict[tuple[torch.device, bool], _Call] = {}
-        for group in self.param_groups:
-            lists = ([], [], [], [], [])
-            self._init_group(group, *lists)
-            reference = bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
-            devices = {p.device: None for p in lists[0]}
-            for device in devices:
-                key = (device, reference)
-                call = calls.get(key)
-                if call is None:
-                    call = calls[key] = _Call()
-                if len(devices) == 1:
-                    call.add(group, lists)
-                else:
-                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
-
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
         if torch.compiler.is_compiling():
             # Scratch is no part of a traced program: there the op makes its own.
             for key, call in calls.items():
@@ -315,7 +318,28 @@ class LARS(Optimizer):
                     call.run(key, grad_scale, found_inf, self._scratch[key], check_only)
                 except ValueError as error:
                     raise ValueError(f"{error}{self._whose(call, str(error))}") from None
+        if self._sharding is not None:
+            self._sharding.bump_versions()
         return loss
+
+    def _calls(self) -> "dict[tuple[torch.device, bool], _Call]":
+        """The calls of a step, by device and implementation."""
+        calls: dict[tuple[torch.device, bool], _Call] = {}
+        for group in self.param_groups:
+            lists = ([], [], [], [], [])
+            self._init_group(group, *lists)
+            reference = _uses_reference(group)
+            devices = {p.device: None for p in lists[0]}
+            for device in devices:
+                key = (device, reference)
+                call = calls.get(key)
+                if call is None:
+                    call = calls[key] = _Call()
+                if len(devices) == 1:
+                    call.add(group, lists)
+                else:
+                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
+        return calls
 
     def _whose(self, call, message) -> str:
         """Names the parameter that an op's message is about, which knows only its place in a list of the call."""
@@ -326,8 +350,7 @@ class LARS(Optimizer):
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if any(tensor is t for t in (p, p.grad, *self.state.get(p, {}).values())):
-                    name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
-                    return f" (parameter{name} param_groups[{group_index}]['params'][{index}])"
+                    return f" ({_name(group, group_index, index)})"
         return ""
 
     def _scratch_of(self, key, params) -> "_Scratch":
@@ -361,8 +384,13 @@ class _Call:
         )
         self.group_sizes: list[int] = []
         self.hyperparameters: list[tuple] = []
+        # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the ranks
+        # found together.
+        self.local: tuple[list[Tensor], ...] | None = None
+        self.squared_norms: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
-    def add(self, group, lists) -> None:
+    def add(self, group, lists, local=None) -> None:
         params, grads, momentum_buffers, master_params, steps = lists
         self.params += params
         self.grads += grads
@@ -371,6 +399,10 @@ class _Call:
         self.steps += steps
         self.group_sizes.append(len(params))
         self.hyperparameters.append(_get_hyperparameters(group))
+        if local is not None:
+            self.local = self.local or ([], [], [], [], [])
+            for tensors, more in zip(self.local, local):
+                tensors += more
 
     def run(self, key, grad_scale, found_inf, scratch, check_only=False) -> None:
         device, reference = key
@@ -385,14 +417,13 @@ class _Call:
             op = getattr(
                 torch.ops.fused_lars.reference_step_ if reference else torch.ops.fused_lars.step_, overload
             )
+        if self.found_inf is not None:
+            found_inf = self.found_inf
         op(
-            self.params,
-            self.grads,
-            self.momentum_buffers,
-            self.master_params,
-            self.steps,
+            *(self.local or (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps)),
             self.group_sizes,
             **values,
+            squared_norms=self.squared_norms,
             grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
             found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
             trust_ratios=None if scratch is None else scratch.trust_ratios,
@@ -410,6 +441,25 @@ class _Scratch:
         self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
         # Resized by the op to what it needs, so that it serves any set of parameters.
         self.workspace = before.workspace if before else torch.zeros(0, dtype=torch.int32, device=device)
+
+
+def _sharding_module():
+    """sharding.py where there can be DTensors; elsewhere it would make torch import for a second."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from . import sharding
+
+    return sharding
+
+
+def _uses_reference(group) -> bool:
+    return bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
+
+
+def _name(group, group_index: int, index: int) -> str:
+    """A parameter's name in an error."""
+    name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
+    return f"parameter{name} param_groups[{group_index}]['params'][{index}]"
 
 
 def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
