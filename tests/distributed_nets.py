@@ -1,0 +1,164 @@
+"""A small network and the ways to spread it over ranks; what it becomes is compared with one process."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_lars import LARS, param_groups
+
+WIDTH, SEQUENCE, BATCH = 12, 4, 8
+
+
+class Block(nn.Module):
+    """A residual block as transformers have it, which tensor and sequence parallelism can split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """On 4 ranks `odd` has rows for three of them and `head`, with 3 rows, leaves one without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.odd = nn.Linear(WIDTH, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(torch.tanh(self.odd(x)))
+
+
+def make_net(dtype=torch.float32) -> Net:
+    torch.manual_seed(1)
+    return Net().to(dtype)
+
+
+def make_optimizer(model, **options) -> LARS:
+    options = {"lr": 1.0, "momentum": 0.9, "trust_coefficient": 0.02, **options}
+    return LARS(param_groups(model, weight_decay=1e-2), **options)
+
+
+def batches(steps: int, first: int = 0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(BATCH, SEQUENCE, WIDTH, generator=generator)
+        yield x, x[..., :3].roll(1, dims=1).sin()
+
+
+def train(model, optimizer, data=(0, 1), steps: int = 10, first: int = 0) -> None:
+    """Steps on batches of which this rank takes part `data[0]` of `data[1]`."""
+    for x, y in batches(steps, first):
+        loss_of(model, x, y, data).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def loss_of(model, x, y, data=(0, 1)):
+    x, y = (t.chunk(data[1])[data[0]] for t in (x, y))
+    return (model(x) - y).square().mean()
+
+
+def all_ranks() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
+def mesh_2d(*names: str):
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=names)
+
+
+# Each layout takes a net and returns what to train, and this rank's part of the batches.
+
+
+def replicated(net):
+    return DistributedDataParallel(net), all_ranks()
+
+
+def sharded(net):
+    return fully_shard(net), all_ranks()
+
+
+def sharded_by_layer(net):
+    for layer in (*net.blocks, net.head):
+        fully_shard(layer)
+    return fully_shard(net), all_ranks()
+
+
+def hybrid(net):
+    return fully_shard(net, mesh=mesh_2d("replicate", "shard")), all_ranks()
+
+
+def tensor_parallel(net, mesh=None):
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {
+        "blocks.0": PrepareModuleInput(
+            input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True
+        ),
+        "blocks.*.norm": SequenceParallel(),
+        "blocks.*.up": ColwiseParallel(input_layouts=Shard(1)),
+        "blocks.*.down": RowwiseParallel(output_layouts=Shard(1)),
+        "odd": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+        "head": RowwiseParallel(),
+    }  # fmt: skip
+    return parallelize_module(net, mesh, plan), (0, 1)
+
+
+def sharded_over_tensor_parallel(net):
+    """fully_shard takes no uneven tensor parallelism, so the rest is sharded over the data ranks only."""
+    mesh = mesh_2d("data", "tensor")
+    plan = {
+        "blocks.*.up": ColwiseParallel(),
+        "blocks.*.down": RowwiseParallel(),
+    }
+    net = parallelize_module(net, mesh["tensor"], plan)
+    return fully_shard(net, mesh=mesh["data"]), (mesh["data"].get_local_rank(), 2)
+
+
+def partly_sharded(net):
+    """Plain parameters beside sharded ones; DDP's hook would do what is done for their gradients here."""
+    for block in net.blocks:
+        fully_shard(block)
+    for p in (*net.odd.parameters(), *net.head.parameters()):
+        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+    return net, all_ranks()
+
+
+def several_meshes(net):
+    """Blocks sharded over all ranks, the rest within pairs."""
+    mesh = mesh_2d("replicate", "shard")
+    for block in net.blocks:
+        fully_shard(block)
+    fully_shard(net.odd, mesh=mesh)
+    fully_shard(net.head, mesh=mesh)
+    return net, all_ranks()
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def errors(model, reference) -> dict[str, float]:
+    """The relative distance of each parameter from the reference's."""
+    return {
+        name: ((full(p.detach()) - q.detach()).norm() / q.detach().norm()).item()
+        for (name, p), q in zip(model.named_parameters(), reference.parameters())
+    }

@@ -1,0 +1,144 @@
+"""Every rank joins the all-reduce whatever it holds: empty shards, missing gradients, uneven groups."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from distributed_harness import on_ranks
+from distributed_nets import full
+from fused_lars import LARS
+
+# Rows that 4 ranks share evenly, unevenly, and so that one or three of them get none.
+SHAPES = [(8, 3), (7, 2), (3, 5), (1, 4), (6,)]
+OPTIONS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
+
+
+def tensors(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def shard(values):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+
+
+def parameters():
+    """The same parameters twice: sharded, and whole."""
+    return [nn.Parameter(t) for t in shard(tensors(0))], [nn.Parameter(t) for t in tensors(0)]
+
+
+def set_grads(sharded, whole, seed: int, missing=()) -> None:
+    for i, (p, q, grad, part) in enumerate(zip(sharded, whole, tensors(seed), shard(tensors(seed)))):
+        p.grad, q.grad = (None, None) if i in missing else (part.to(p.dtype), grad.to(q.dtype))
+
+
+def assert_same(sharded, whole) -> None:
+    for i, (p, q) in enumerate(zip(sharded, whole)):
+        torch.testing.assert_close(
+            full(p.detach()), q.detach(), rtol=1e-6, atol=1e-7, msg=lambda m, i=i: f"{i}: {m}"
+        )
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("missing", [(), (0,), (1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4)])
+def test_gradients_missing_everywhere(missing):
+    sharded, whole = parameters()
+    optimizers = LARS(sharded, **OPTIONS), LARS(whole, **OPTIONS)
+    for step, without in enumerate([missing, (), missing]):
+        set_grads(sharded, whole, step + 1, without)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same(sharded, whole)
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_missing_on_one_rank(dtype):
+    """It counts as zeros in the norms, and the shard without a gradient is left alone."""
+    sharded, whole = ([nn.Parameter(p.detach().to(dtype)) for p in params] for params in parameters())
+    options = {**OPTIONS, "master_weights": True}
+    optimizers = LARS(sharded, **options), LARS(whole, **options)
+    alone = dist.get_rank() == 1
+    for step in (1, 2):
+        set_grads(sharded, whole, step)
+        before = [p.to_local().clone() for p in sharded]
+        if step == 2:
+            for p, q in zip(sharded, whole):
+                rows = torch.arange(len(q)).chunk(dist.get_world_size())
+                q.grad[rows[1] if len(rows) > 1 else []] = 0.0
+                if alone:
+                    p.grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, b in zip(sharded, whole, before):
+        expected = distribute_tensor(q.detach(), p.device_mesh, [Shard(0)]).to_local()
+        if alone:
+            assert torch.equal(p.to_local(), b)
+        else:
+            torch.testing.assert_close(p.to_local().detach(), expected)
+
+
+@on_ranks(4)
+def test_a_rank_without_any_gradient():
+    sharded, whole = parameters()
+    optimizer = LARS(sharded, **OPTIONS)
+    set_grads(sharded, whole, 1)
+    if dist.get_rank() == 3:
+        for p in sharded:
+            p.grad = None
+    optimizer.step()
+    assert len(optimizer.trust_ratios()) == (0 if dist.get_rank() == 3 else len(sharded))
+
+
+@on_ranks(4)
+def test_frozen_parameters():
+    sharded, whole = parameters()
+    optimizers = LARS(sharded, **OPTIONS), LARS(whole, **OPTIONS)
+    set_grads(sharded, whole, 1, missing=(0, 3))
+    for i in (0, 3):
+        sharded[i].requires_grad_(False)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same(sharded, whole)
+
+
+@on_ranks(2, 4)
+def test_groups_that_differ():
+    """Ranks 1 to 3 hold nothing of the first group; each has its own options, state and implementation."""
+    sharded, whole = parameters()
+    optimizers = []
+    for params in (sharded, whole):
+        groups = [
+            {"params": params[3:4], "momentum": 0.0},
+            {"params": params[:2], "classic_momentum": False, "dampening": 0.5},
+            {"params": params[2:3], "foreach": True, "lr": torch.tensor(0.25)},
+        ]
+        optimizers.append(LARS(groups, **OPTIONS))
+    for step in range(3):
+        set_grads(sharded, whole, step)
+        for optimizer, params in zip(optimizers, (sharded, whole)):
+            optimizer.step()
+            if step == 0:
+                optimizer.add_param_group({"params": params[4:], "layer_adaptation": False})
+        assert_same(sharded, whole)
+
+
+@on_ranks(2)
+def test_no_step_waits_for_a_rank_that_is_not_in_the_mesh():
+    """A mesh of rank 0 alone beside one of both: rank 1 has no part of the first one's parameter."""
+    sharded, whole = parameters()
+    mesh = DeviceMesh("cpu", [0])
+    alone = nn.Parameter(distribute_tensor(tensors(0)[0], mesh, [Shard(0)]))
+    optimizers = LARS([*sharded, alone], **OPTIONS), LARS(whole, **OPTIONS)
+    set_grads(sharded, whole, 1)
+    if dist.get_rank() == 0:
+        alone.grad = distribute_tensor(tensors(1)[0], mesh, [Shard(0)], src_data_rank=None)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same(sharded, whole)
+    if dist.get_rank() == 0:
+        assert_same([alone], whole)
