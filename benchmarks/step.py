@@ -1,0 +1,300 @@
+"""Times one optimizer step of fused_lars beside its peers, as a multiple of what memory allows.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --device cuda
+
+The floor is the time that 20 bytes a parameter take (read the fp32 weight, gradient and momentum, write two
+of them) at the bandwidth of `x.add_(y)`, which moves 12 bytes an element and is timed in the same rounds, on
+tensors larger than the caches. In a round every optimizer makes one step on the same parameters, in an order
+that changes from round to round; gradients are written anew before each, as by a backward pass. What is
+printed is the median over all rounds. All LARS do the same work: layer adaptation and weight decay on
+matrices and kernels, neither on vectors, momentum 0.9. SGD, which takes no norms, shows what they cost.
+
+On CUDA, times are between events around the step, and the table also has GB/s (20 bytes a parameter) and per
+cent of a device-to-device copy (8 bytes an element) in the same rounds. A peer that is not installed, or does
+not run on the device, is named and left out.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import random
+import statistics
+import time
+
+import fused_lars
+import torch
+import torchvision
+from matplotlib.figure import Figure
+
+EVENT_RESOLUTION_MS = 0.0005
+STEP_BYTES, ADD_BYTES, COPY_BYTES = 20, 12, 8
+ADD, COPY = "x.add_(y)", "x.copy_(y)"
+# A rate so small that thousands of steps with the same gradients leave the weights what they are.
+OPTIONS = {"lr": 1e-6, "momentum": 0.9}
+WEIGHT_DECAY = 1e-4
+COLOURS = {"fused_lars": "#0b6e99", "torch": "#bdbdbd"}
+
+# ---------------------------------------------------------------- what is timed
+
+
+def timm(foreach):
+    from timm.optim.lars import Lars
+
+    return lambda groups: Lars(groups, foreach=foreach, **OPTIONS)
+
+
+def lightly():
+    from lightly.utils.lars import LARS
+
+    return lambda groups: LARS(groups, **OPTIONS)
+
+
+def pytorch_optimizer(foreach):
+    from pytorch_optimizer import LARS
+
+    return lambda groups: LARS(groups, foreach=foreach, **OPTIONS)
+
+
+def apex():
+    from apex.optimizers import FusedLARS
+
+    def make(groups):
+        return FusedLARS([{**group, "is_skipped": not group["weight_decay"]} for group in groups], **OPTIONS)
+
+    return make
+
+
+def torch_sgd(**implementation):
+    return lambda groups: torch.optim.SGD(groups, **implementation, **OPTIONS)
+
+
+# Each imports its optimizer and returns a function that makes one for parameter groups.
+PEERS = {
+    "fused_lars": lambda: lambda groups: fused_lars.LARS(groups, **OPTIONS),
+    "timm": lambda: timm(foreach=False),
+    "timm foreach": lambda: timm(foreach=True),
+    "lightly": lightly,
+    "pytorch_optimizer": lambda: pytorch_optimizer(foreach=False),
+    "pytorch_optimizer foreach": lambda: pytorch_optimizer(foreach=True),
+    "apex": apex,
+    "torch SGD for-loop": lambda: torch_sgd(foreach=False, fused=False),
+    "torch SGD foreach": lambda: torch_sgd(foreach=True),
+    "torch SGD fused": lambda: torch_sgd(fused=True),
+}
+
+
+def two_groups(params):
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "layer_adaptation": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def model_shapes(make):
+    with torch.device("meta"):
+        return [p.shape for p in make().parameters()]
+
+
+ONE_GROUP_OR_MANY = {
+    "fused_lars, one group of 465": lambda params: fused_lars.LARS(params, **OPTIONS),
+    "fused_lars, 465 groups of one": lambda params: fused_lars.LARS(
+        [{"params": [p]} for p in params], **OPTIONS
+    ),
+}
+
+# Name: a function that returns shapes, and what to time where that is not fused_lars and its peers.
+WORKLOADS = {
+    "ResNet-50": (lambda: model_shapes(torchvision.models.resnet50), None),
+    "ViT-B/16": (lambda: model_shapes(torchvision.models.vit_b_16), None),
+    "400 small tensors": (lambda: [(32, 32)] * 400, None),
+    "465 small tensors": (lambda: [(32, 32)] * 465, ONE_GROUP_OR_MANY),
+}
+
+
+def find_peers():
+    """What makes each optimizer from a list of parameters; and lines about those that are not there."""
+    makers, left_out = {}, []
+    for name, find in PEERS.items():
+        try:
+            make = find()
+        except ImportError as error:
+            left_out.append(f"{name}: {error}")
+        else:
+            makers[name] = lambda params, make=make: make(two_groups(params))
+    return makers, left_out
+
+
+# ---------------------------------------------------------------- timing
+
+
+def time_once(function, device):
+    """Milliseconds that a call takes."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return max(start.elapsed_time(end), EVENT_RESOLUTION_MS)
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(shapes, makers, device, probe_elements, seconds):
+    """Median milliseconds by name, the number of rounds, and lines about what does not run on the device."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(0.05 * torch.randn(shape, device=device)) for shape in shapes]
+    gradients = [1e-3 * torch.randn_like(p) for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+    def write_gradients():
+        torch._foreach_copy_([p.grad for p in params], gradients)
+
+    x, y = torch.zeros(probe_elements, device=device), torch.ones(probe_elements, device=device)
+    timed, left_out = {ADD: lambda: x.add_(y)}, []
+    if device == "cuda":
+        timed[COPY] = lambda: x.copy_(y)
+    for name, make in makers.items():
+        write_gradients()
+        try:
+            optimizer = make(params)
+            optimizer.step()  # makes its state
+        except RuntimeError as error:
+            left_out.append(f"{name}: {error}")
+        else:
+            timed[name] = optimizer.step
+
+    order, shuffle = list(timed), random.Random(0).shuffle
+    times = {name: [] for name in timed}
+    end = time.perf_counter() + seconds
+    while len(times[ADD]) < 3 or time.perf_counter() < end:
+        shuffle(order)
+        for name in order:
+            write_gradients()
+            times[name].append(time_once(timed[name], device))
+    return {name: statistics.median(t) for name, t in times.items()}, len(times[ADD]), left_out
+
+
+def run(workload, shapes, makers, options):
+    """One set of shapes: a dict of figures, and lines about what was left out."""
+    probe_elements = 2**22 if options.quick else 2**26
+    medians, rounds, left_out = measure(shapes, makers, options.device, probe_elements, options.seconds)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    add_gb_per_s = ADD_BYTES * probe_elements / medians.pop(ADD) / 1e6
+    copy_ms = medians.pop(COPY, None)
+    floor_ms = STEP_BYTES * parameters / add_gb_per_s / 1e6
+    steps = []
+    for name, ms in sorted(medians.items(), key=lambda item: item[1]):
+        step = {"optimizer": name, "ms": ms, "times_floor": ms / floor_ms}
+        if copy_ms is not None:
+            step["gb_per_s"] = STEP_BYTES * parameters / ms / 1e6
+            step["per_cent_of_copy"] = 100 * step["gb_per_s"] / (COPY_BYTES * probe_elements / copy_ms / 1e6)
+        steps.append(step)
+    return {
+        "workload": workload,
+        "tensors": len(shapes),
+        "parameters": parameters,
+        "rounds": rounds,
+        "add_gb_per_s": add_gb_per_s,
+        "floor_ms": floor_ms,
+        "steps": steps,
+    }, left_out
+
+
+# ---------------------------------------------------------------- output
+
+
+def table(result):
+    lines = [
+        f"{result['workload']}: {result['tensors']} tensors, {result['parameters']:,} parameters. Floor "
+        f"{result['floor_ms']:.3f} ms at {result['add_gb_per_s']:.1f} GB/s. {result['rounds']} rounds."
+    ]
+    for step in result["steps"]:
+        line = f"  {step['optimizer']:26} {step['ms']:9.3f} ms  {step['times_floor']:8.2f} x floor"
+        if "gb_per_s" in step:
+            line += f"  {step['gb_per_s']:8.1f} GB/s  {step['per_cent_of_copy']:6.1f} % of copy"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def plot(report, path):
+    results = report["results"]
+    heights = [len(result["steps"]) + 1.5 for result in results]
+    figure = Figure(figsize=(9, 0.3 * sum(heights) + 1), layout="constrained")
+    panels = figure.subplots(len(results), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, result in zip(panels, results):
+        steps = result["steps"][::-1]
+        names = [step["optimizer"] for step in steps]
+        colours = [
+            "#0b6e99" if "fused_lars" in n else "#bdbdbd" if n.startswith("torch") else "#e5b278"
+            for n in names
+        ]
+        bars = axes.barh(names, [step["times_floor"] for step in steps], color=colours)
+        labels = [f"{s['times_floor']:.2f} x  ({s['ms']:,.{1 if s['ms'] > 10 else 3}f} ms)" for s in steps]
+        axes.bar_label(bars, labels, padding=4)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlim(0, 1.3 * max(step["times_floor"] for step in steps))
+        axes.set_ylim(-0.6, len(steps) - 0.4)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", left=False)
+        axes.set_title(result["workload"], loc="left", fontweight="bold")
+    panels[-1].set_xlabel("multiple of the memory floor: 20 bytes a parameter at the speed of x.add_(y)")
+    figure.suptitle(f"One optimizer step on {report['device']}; shorter is better, 1 is the floor")
+    figure.savefig(path, dpi=120)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--workloads", choices=WORKLOADS, nargs="+", default=list(WORKLOADS), metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=40, help="for each workload (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="three rounds each: only to try it out")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default="step.png",
+        help="the plot; the numbers go beside it as .json (%(default)s)",
+    )
+    options = parser.parse_args()
+    if options.quick:
+        options.seconds = 0
+    return options
+
+
+def main():
+    options = parse_options()
+    peers, left_out = find_peers()
+    results = []
+    for workload in options.workloads:
+        shapes, makers = WORKLOADS[workload]
+        result, not_run = run(workload, shapes(), makers or peers, options)
+        results.append(result)
+        left_out += [line for line in not_run if line not in left_out]
+        print(table(result), flush=True)
+    for line in left_out:
+        print(f"left out: {line}")
+
+    threads, simd = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    cpu = f"{platform.machine()} ({simd}, {threads} threads)"
+    report = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu,
+        "torch": torch.__version__,
+        "results": results,
+        "left_out": left_out,
+    }
+    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, options.output)
+    print(f"plot: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
