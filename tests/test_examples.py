@@ -1,0 +1,119 @@
+"""The scripts of examples/ and benchmarks/ run as a user runs them, and what they write is so."""
+
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(__import__("fused_lars").__file__).parent.parent
+
+
+def run(*arguments, path=()):
+    """Runs python with these arguments and the package; returns what it prints."""
+    path = os.pathsep.join(map(str, [*path, PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def has_colour(image, colour):
+    """Whether a plot shows at least a short line of a colour, #rrggbb."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return (np.abs(image[..., :3] - wanted).max(axis=-1) < 0.01).sum() > 200
+
+
+# 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
+DIGITS = ("examples/digits.py", "--quick", "--batch-sizes", 75, 1280)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    plot = tmp_path_factory.mktemp("digits") / "digits.png"
+    printed = run(*DIGITS, "--output", plot)
+    return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
+
+
+def test_digits_are_learnt(digits):
+    _, rows, _ = digits
+    assert [(row["optimizer"], row["batch_size"]) for row in rows] == [
+        (name, size) for size in (75, 1280) for name in ("LARS", "SGD")
+    ]
+    for row in rows:
+        # Guessing gets 10 per cent of 517 images, with a standard deviation of 1.3. SGD need not learn at a
+        # rate that is scaled linearly to the whole training set, and that it does not is a result.
+        if (row["optimizer"], row["batch_size"]) != ("SGD", 1280):
+            assert min(row["accuracies"]) > 60, row
+
+
+def test_digits_prints_what_it_measured(digits):
+    printed, rows, _ = digits
+    for row in rows:
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [str(row["batch_size"])])
+        means = [float(mean) for mean in re.findall(r"([\d.]+) ±", line)]
+        assert means[row["optimizer"] == "SGD"] == pytest.approx(
+            statistics.fmean(row["accuracies"]), abs=0.006
+        )
+
+
+def test_digits_plot_shows_both_optimizers(digits):
+    image = digits[2]
+    assert has_colour(image, "#0b6e99")
+    assert has_colour(image, "#d9730d")
+
+
+def test_digits_under_torchrun_gives_the_same_table(digits, tmp_path):
+    printed, rows, _ = digits
+    plot = tmp_path / "digits.png"
+    printed_by_two = run("-m", "torch.distributed.run", "--nproc-per-node", 2, *DIGITS, "--output", plot)
+    rows_of_two = json.loads(plot.with_suffix(".json").read_text())
+
+    def table(text):
+        return [line for line in text.splitlines() if "±" in line]
+
+    assert table(printed_by_two) == table(printed)
+    for one, two in zip(rows, rows_of_two, strict=True):
+        # Rounding differs by about 1e-16 a step, and training makes that grow; a wrong weight of a share (38
+        # of 75 images) would be a difference of 1e-2 in every gradient.
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-6), one
+        assert two["accuracies"] == one["accuracies"]
+
+
+def test_step_benchmark(device, tmp_path):
+    # One peer cannot be imported: it is reported, and the others are measured.
+    (tmp_path / "lightly.py").write_text("raise ImportError('not on this machine')")
+    plot = tmp_path / "step.png"
+    # torch's own models are many and large for a simulated device, which is a device too.
+    workloads = ["ResNet-50", "400 small tensors", "465 small tensors"][device == "cuda" :]
+    options = ("--device", device, "--quick", "--workloads", *workloads, "--output", plot)
+    printed = run("benchmarks/step.py", *options, path=[tmp_path])
+    report = json.loads(plot.with_suffix(".json").read_text())
+
+    assert "left out: lightly: not on this machine" in printed
+    assert "lightly: not on this machine" in report["left_out"]
+    results = {result["workload"]: result for result in report["results"]}
+    assert list(results) == workloads
+    sizes = {"ResNet-50": 25_557_032, "400 small tensors": 409_600, "465 small tensors": 476_160}
+    for workload, result in results.items():
+        assert result["parameters"] == sizes[workload]
+        assert result["floor_ms"] == pytest.approx(20 * sizes[workload] / result["add_gb_per_s"] / 1e6)
+        for step in result["steps"]:
+            assert step["times_floor"] == pytest.approx(step["ms"] / result["floor_ms"])
+            assert f"{step['ms']:.3f} ms" in printed
+    timed = {step["optimizer"] for step in results["400 small tensors"]["steps"]}
+    assert {"fused_lars", "timm", "timm foreach", "pytorch_optimizer", "torch SGD fused"} <= timed
+    assert has_colour(matplotlib.image.imread(plot), "#0b6e99")
