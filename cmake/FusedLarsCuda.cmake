@@ -72,8 +72,6 @@ string(REGEX MATCH "^[0-9]+" FUSED_LARS_CUDA_MAJOR "${FUSED_LARS_TORCH_CUDA_VERS
 set(_fused_lars_nvcc "")
 if(FUSED_LARS_CUDA STREQUAL "0")
   set(_fused_lars_reason "FUSED_LARS_CUDA=0")
-elseif(NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/kernels")
-  set(_fused_lars_reason "there is no kernels/ yet")
 elseif(NOT FUSED_LARS_CUDA_MAJOR)
   set(_fused_lars_reason "torch ${FUSED_LARS_TORCH_VERSION} is a CPU build")
 else()
