@@ -1,7 +1,7 @@
 #include "launch.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <span>
 #include <utility>
 
 namespace fused_lars {
@@ -36,7 +36,7 @@ class Tiling {
   const LaunchOptions& options_;
 };
 
-// Fills a launch's table with as many tensors of bucket.tensors from `begin` on as fit; returns their number.
+// Fills a launch's table.
 class Packer {
  public:
   Packer(const Bucket& bucket, const std::vector<GroupRow>& groups, const Tiling& tiling)
@@ -44,7 +44,8 @@ class Packer {
     for (const auto& tensor : bucket.tensors) any_step_ |= tensor.step != nullptr;
   }
 
-  size_t fill(Parameters& p, size_t begin) {
+  // With as many of the bucket's tensors, from `begin` on, as fit: p.order.tensors.
+  void fill(Parameters& p, size_t begin) {
     rows_.clear();
     row_of_group_.assign(groups_.size(), kNoRow);
     const size_t tensor_bytes = sizeof(TensorRow) + sizeof(ItemCounts) +
@@ -86,7 +87,6 @@ class Packer {
     write(p, p.item_counts, count, before);
     p.order.items = before;
     p.order.tensors = static_cast<uint32_t>(count);
-    return count;
   }
 
  private:
@@ -106,15 +106,37 @@ class Packer {
 };
 
 Workspace lay_out(void* base, const Order& order) {
-  auto* words = static_cast<uint32_t*>(base);
+  auto* words = static_cast<uint32_t*>(base) + reinterpret_cast<uintptr_t>(base) % 8 / sizeof(uint32_t);
   Workspace workspace;
   workspace.tickets = words;
   workspace.finished = words + 1;
   workspace.ratios = reinterpret_cast<uint64_t*>(words + kHeaderWords);
   workspace.norm_items = words + kHeaderWords + 2 * int64_t{order.tensors};
-  // An even number of words from the base: partial sums are aligned as the base is.
+  // An even number of words from the start, so that sums of double are aligned.
   workspace.partials = words + kHeaderWords + (kTensorWords * int64_t{order.tensors} + 1) / 2 * 2;
   return workspace;
+}
+
+// How far norms run ahead, and which tensors are updated backwards, by the L2 that there is. A quarter of it
+// is left for what is in flight.
+void set_window(Order& order, const Kernel& kernel, const Tiling& tiling, std::span<const LaunchTensor> tensors,
+                const LaunchOptions& options) {
+  const int64_t window = options.l2_bytes / 4 * 3;
+  const int64_t tile_bytes = int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
+  // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The norms
+  // that are given were taken just before, in order.
+  order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes);
+
+  // Between the norms and the update of a tile lie at most its tensor and the distance. A distance of all
+  // resident blocks lets no update wait; what the largest tensor leaves of the window may not allow that.
+  int64_t largest = 0;
+  for (const auto& tensor : tensors) {
+    const uint32_t norm_items = tiling.items(tensor).norms;
+    if (norm_items <= order.forward_tiles) largest = std::max(largest, norm_items * tile_bytes);
+  }
+  const int64_t resident = int64_t{kernel.blocks_per_multiprocessor} * options.multiprocessors;
+  const int64_t distance = (window - largest) / 3 / kernel.norm_item_bytes;
+  order.distance = static_cast<uint32_t>(std::clamp(distance, resident / 6, resident));
 }
 
 }  // namespace
@@ -122,7 +144,8 @@ Workspace lay_out(void* base, const Order& order) {
 int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options) {
   const Kernel& kernel = *find_kernel(bucket.types);
   const Tiling tiling(kernel, groups, options);
-  int64_t words = kHeaderWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size()) + 1;
+  // Two to align the start and the partial sums.
+  int64_t words = kHeaderWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size()) + 2;
   for (const auto& tensor : bucket.tensors) {
     words += int64_t{tiling.items(tensor).norms} * (kernel.partial_bytes / sizeof(uint32_t));
   }
@@ -142,14 +165,10 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
 
   const Tiling tiling(kernel, groups, options);
   Packer packer(bucket, groups, tiling);
-  for (size_t begin = 0; begin < bucket.tensors.size();) {
-    begin += packer.fill(p, begin);
+  for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
+    packer.fill(p, begin);
+    set_window(p.order, kernel, tiling, std::span(bucket.tensors).subspan(begin, p.order.tensors), options);
     p.workspace = lay_out(workspace, p.order);
-    static const char* e1 = getenv("EXP_DISTANCE");
-    const int64_t in_l2 = options.l2_bytes / 4 / kernel.norm_item_bytes;
-    p.order.distance = static_cast<uint32_t>(std::clamp<int64_t>(in_l2, 1, (e1 ? atof(e1) : 2) * resident));
-    p.order.forward_tiles = static_cast<uint32_t>(options.l2_bytes / 4 * 3 /
-                                                  (kernel.norm_item_bytes + kernel.momentum_buffer_bytes));
     void* arguments[] = {&p};
     const dim3 grid(std::min(ticket_count(p.order), resident));
     const auto error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel.function), grid, dim3(kernel.threads),

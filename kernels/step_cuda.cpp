@@ -66,10 +66,12 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
 }  // namespace
 
 void step_cuda(const Step& step) {
-  // Rows of equal content are one, so that many groups fit in one launch. Those before are likely the same.
+  // Groups of equal content share a row, so that many groups fit in one launch. An equal one, if any, is likely
+  // among the last few.
+  constexpr size_t kLookBack = 16;
   std::vector<GroupRow> rows;
   std::vector<uint32_t> row_of_group;
-  std::vector<at::Tensor> converted;  // keeps memory alive until the launches are in the stream
+  std::vector<at::Tensor> converted;  // lives until the launches are in the stream
   for (size_t group = 0; group < step.groups.size(); ++group) {
     GroupRow row{.hyperparameters = step.groups[group], .lr = nullptr, .lr_element = Element::f32};
     if (!step.lr_tensors.empty() && step.lr_tensors[group].defined()) {
@@ -80,12 +82,9 @@ void step_cuda(const Step& step) {
       row.lr = lr.data_ptr();
       row.lr_element = element(lr);
     }
-    const auto known = std::find(rows.rbegin(), rows.rend(), row);
-    row_of_group.push_back(static_cast<uint32_t>(rows.rend() - known) - 1);
-    if (known == rows.rend()) {
-      row_of_group.back() = static_cast<uint32_t>(rows.size());
-      rows.push_back(row);
-    }
+    auto known = std::find(rows.end() - std::min(rows.size(), kLookBack), rows.end(), row);
+    if (known == rows.end()) known = rows.insert(rows.end(), row);
+    row_of_group.push_back(static_cast<uint32_t>(known - rows.begin()));
   }
 
   std::vector<Bucket> buckets;
