@@ -21,14 +21,19 @@ namespace {
 // fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
 // need; workspace is scratch of any size, zeros on entry and on return, that a caller who keeps it spares
 // the CUDA step an allocation and a memset (it is resized where it is too small).
+// "-> *", may alias anything afterwards, is for TorchScript: it takes (a!)[] for a write to the list itself
+// and drops an op where the list is not used again, as it does with torch._foreach_add_.
 std::string step_schema(const std::string& name, const std::string& lr) {
   return name +
-         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
-         "Tensor(d!)[] steps, int[] group_sizes, *, " +
+         "(Tensor(a! -> *)[] params, Tensor[] grads, Tensor(b! -> *)[] momentum_buffers, "
+         "Tensor(c! -> *)[] master_params, Tensor(d! -> *)[] steps, int[] group_sizes, *, " +
          lr +
-         " lr, float[] momentum, float[] weight_decay, float[] trust_coefficient, float[] eps, float[] dampening, "
-         "bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] classic_momentum, "
-         "bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+         " lr, float[] momentum, float[] weight_decay, float[] trust_coefficient, float[] eps, float[] "
+         "dampening, "
+         "bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] "
+         "classic_momentum, "
+         "bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? "
+         "found_inf=None, "
          "Tensor(e!)? trust_ratios=None, Tensor(f!)? workspace=None) -> ()";
 }
 
@@ -62,14 +67,15 @@ void fused_backend(Step& step) {
 // The op itself, for a backend and for lr as numbers (at::ArrayRef<double>) or as tensors (at::TensorList).
 template <Backend backend, typename LearningRates>
 void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-             at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes, LearningRates lr,
-             at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
+             at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
+             LearningRates lr, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
              at::ArrayRef<double> trust_coefficient, at::ArrayRef<double> eps, at::ArrayRef<double> dampening,
-             const c10::List<bool>& nesterov, const c10::List<bool>& maximize, const c10::List<bool>& trust_clip,
-             const c10::List<bool>& layer_adaptation, const c10::List<bool>& classic_momentum,
-             const c10::List<bool>& master_weights, const std::optional<at::Tensor>& squared_norms,
-             const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-             const std::optional<at::Tensor>& trust_ratios, const std::optional<at::Tensor>& workspace) {
+             const c10::List<bool>& nesterov, const c10::List<bool>& maximize,
+             const c10::List<bool>& trust_clip, const c10::List<bool>& layer_adaptation,
+             const c10::List<bool>& classic_momentum, const c10::List<bool>& master_weights,
+             const std::optional<at::Tensor>& squared_norms, const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& trust_ratios,
+             const std::optional<at::Tensor>& workspace) {
   constexpr bool lr_is_tensor = std::is_same_v<LearningRates, at::TensorList>;
   Step step;
   const size_t groups = group_sizes.size();
@@ -133,8 +139,8 @@ at::Tensor squared_norms_meta(at::TensorList params, at::TensorList grads) {
   return at::empty({count, 2}, params[0].options().dtype(norm_dtype(params[0].device())));
 }
 
-void check_hyperparameters(double lr, double momentum, double weight_decay, double trust_coefficient, double eps,
-                           double dampening, bool nesterov, bool classic_momentum) {
+void check_hyperparameters(double lr, double momentum, double weight_decay, double trust_coefficient,
+                           double eps, double dampening, bool nesterov, bool classic_momentum) {
   validate({.lr = lr,
             .momentum = momentum,
             .weight_decay = weight_decay,
@@ -160,7 +166,8 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   }
   library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
   library.def(
-      "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float eps, "
+      "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float "
+      "eps, "
       "float dampening, bool nesterov, bool classic_momentum) -> ()",
       check_hyperparameters);
 }
@@ -217,9 +224,9 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
     master_weights.push_back(group.master_weights);
   }
   op.call(params, grads, momentum_buffers, master_params, steps, group_sizes, lr, momentum, weight_decay,
-          trust_coefficient, eps, dampening, nesterov, maximize, trust_clip, layer_adaptation, classic_momentum,
-          master_weights, options.squared_norms, options.grad_scale, options.found_inf, options.trust_ratios,
-          options.workspace);
+          trust_coefficient, eps, dampening, nesterov, maximize, trust_clip, layer_adaptation,
+          classic_momentum, master_weights, options.squared_norms, options.grad_scale, options.found_inf,
+          options.trust_ratios, options.workspace);
 }
 
 at::Tensor squared_norms(at::TensorList params, at::TensorList grads) {

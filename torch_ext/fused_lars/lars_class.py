@@ -22,9 +22,9 @@ class _ScriptClass(type):
 class Lars(metaclass=_ScriptClass):
     r"""LARS whose state is kept under parameter ids that the caller chooses.
 
-    For programs without a ``torch.optim.Optimizer``: TorchScript, and whatever keeps its own list of parameters. The
-    rule is that of :class:`fused_lars.LARS` with ``classic_momentum=True`` (You, Gitman and Ginsburg 2017,
-    algorithm 1); the fused kernels compute it.
+    For programs without a ``torch.optim.Optimizer``: TorchScript, and whatever keeps its own list of
+    parameters. The rule is that of :class:`fused_lars.LARS` with ``classic_momentum=True`` (You, Gitman and
+    Ginsburg 2017, algorithm 1); the fused kernels compute it.
 
     ``Lars(base_lr)`` makes an object of the TorchScript class ``torch.classes.fused_lars.Lars``; code that
     ``torch.jit.script`` compiles uses that name, for the constructor and in annotations. The C++ class is
@@ -39,24 +39,26 @@ class Lars(metaclass=_ScriptClass):
             finite and >= 0, finite and > 0.
         learning_rate() -> float
         set_learning_rate(lr)
-        step(parameter_id, weights, grad): updates ``weights`` (fp32, fp64, fp16 or bf16, any shape and strides) in
-            place. ``grad`` has its shape and device, and its dtype or fp32. With momentum, a buffer of the shape
-            and dtype of the weights is kept under the id; it starts at zero, also when the shape, dtype or device
-            under the id changes.
-        step_all(ids, weights, grads): the same for lists of equal length without repetitions, as one fused step for
-            each device.
-        step_graph_node(graph, node): steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the id
-            ``node``. A leaf that does not require grad is left alone.
+        step(parameter_id, weights, grad): updates ``weights`` (fp32, fp64, fp16 or bf16, any shape and
+            strides) in place. ``grad`` has its shape and device, and its dtype or fp32. With momentum, a
+            buffer of the shape and dtype of the weights is kept under the id; it starts at zero, and again
+            when the shape, dtype or device under the id changes.
+        step_all(ids, weights, grads): the same for lists of equal length without repetitions, as one fused
+            step for each device.
+        step_graph_node(graph, node): steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the
+            id ``node``. A leaf that does not require grad is left alone.
         clear_state(): forgets all momentum buffers.
 
-    Copies and storage: ``copy.deepcopy`` and ``pickle`` copy the settings and the buffers, and a scripted module that
-    holds the object saves them with itself. ``copy.copy`` gives a second name of the same optimizer. ``fused_lars`` must
-    be imported before such an object is loaded, and ``torch.load`` needs ``weights_only=False``.
+    Copies and storage: ``copy.deepcopy`` and ``pickle`` copy the settings and the buffers, and a scripted
+    module that holds the object saves them with itself. ``copy.copy`` gives a second name of the same
+    optimizer. ``fused_lars`` must be imported before such an object is loaded, and ``torch.load`` needs
+    ``weights_only=False``.
 
     Raises:
-        ValueError: a value out of range, tensors that do not fit together, repeated ids, a node outside of the graph or
-            one that requires grad and has none. Nothing has changed then. In scripted code the TorchScript
-            interpreter replaces it by a RuntimeError with the same text, as it does with every operator's error.
+        ValueError: a value out of range, tensors that do not fit together, repeated ids, a node outside of
+            the graph or one that requires grad and has none. Nothing has changed then. In scripted code the
+            TorchScript interpreter replaces it by a RuntimeError with the same text, as it does with every
+            operator's error.
 
     Example:
         >>> optimizer = fused_lars.Lars(0.1).with_momentum(0.9).with_weight_decay(5e-4)

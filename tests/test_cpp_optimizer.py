@@ -1,0 +1,53 @@
+"""fused_lars::LARS, the optimizer of the C++ front end, gives the bits of fused_lars.LARS."""
+
+import pytest
+import torch
+
+import cpp_program
+from fused_lars import LARS
+
+SHAPES = [(64, 33), (33,), (), (0, 3), (20000,)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+MOMENTUM = {"lr": 0.7, "momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 0.02}
+TORCH_FORM = {**MOMENTUM, "classic_momentum": False}
+
+# Options of two groups that share the parameters of a case between them.
+CASES = {
+    "defaults": ({}, {}),
+    "weights_and_bias": (MOMENTUM, {**MOMENTUM, "weight_decay": 0.0, "layer_adaptation": False}),
+    "nesterov_maximize": ({**MOMENTUM, "nesterov": True}, {**MOMENTUM, "maximize": True}),
+    "dampening": ({**TORCH_FORM, "dampening": 0.3}, {**TORCH_FORM, "nesterov": True}),
+    "eps_trust_clip": ({**MOMENTUM, "eps": 1e-3}, {**MOMENTUM, "lr": 0.01, "trust_clip": True}),
+    "master_weights": (
+        {**MOMENTUM, "master_weights": True},
+        {**TORCH_FORM, "dampening": 0.1, "master_weights": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_as_the_python_class(case, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+
+    def tensors() -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES for dtype in DTYPES]
+
+    # Each group gets half of the dtypes of every shape.
+    first, second = CASES[case]
+    groups = [(first, tensors()[0::2]), (second, tensors()[1::2])]
+    steps = [tensors() for _ in range(5)]
+    steps = [grads[0::2] + grads[1::2] for grads in steps]
+    torch.save((groups, steps), tmp_path / "run.pt")
+    cpp_program.run("train_lars", tmp_path / "run.pt", tmp_path / "result.pt")
+
+    params = [param for _, group_params in groups for param in group_params]
+    optimizer = LARS([{"params": ps, **options} for options, ps in groups])
+    for grads in steps:
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer.step()
+    results = torch.load(tmp_path / "result.pt", weights_only=False)
+    assert len(results) == len(params)
+    for result, param in zip(results, params):
+        assert result.dtype == param.dtype
+        assert torch.equal(result, param)

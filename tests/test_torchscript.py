@@ -1,0 +1,136 @@
+"""Lars in TorchScript: scripted, saved with its state, and trained on with and without Python."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cpp_program
+import fused_lars
+from scripted_trainer import Trainer, batches
+from test_lars_class import environment
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+
+STEPS = 8
+HALF = 4
+
+
+def train(module, some_batches, method="train_step") -> list[float]:
+    return [getattr(module, method)(*batch).item() for batch in some_batches]
+
+
+def assert_same_bits(module, other):
+    ours, theirs = dict(module.named_parameters()), dict(other.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    assert repr(module.optimizer) == repr(other.optimizer)
+    (_, settings, ids, buffers), _ = module.optimizer.__getstate__()
+    (_, other_settings, other_ids, other_buffers), _ = other.optimizer.__getstate__()
+    assert (settings, ids) == (other_settings, other_ids)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, other_buffers))
+
+
+@pytest.mark.parametrize("method", ["train_step", "train_step_by_node"])
+def test_scripted_training_gives_the_eager_bits(device, method):
+    eager, scripted = Trainer(device), torch.jit.script(Trainer(device))
+    losses = train(eager, batches(STEPS, device), method)
+    assert train(scripted, batches(STEPS, device), method) == losses
+    assert_same_bits(eager, scripted)
+    assert "states=4" in repr(scripted.optimizer)
+
+
+def test_both_ways_to_step_give_the_same_bits(device):
+    one, other = Trainer(device), Trainer(device)
+    train(one, batches(STEPS, device), "train_step")
+    train(other, batches(STEPS, device), "train_step_by_node")
+    assert_same_bits(one, other)
+
+
+@pytest.fixture
+def half(device, tmp_path):
+    """A run saved half-way: its path, that of the batches left, and the same run without interruption."""
+    scripted = torch.jit.script(Trainer(device))
+    all_batches = batches(STEPS, device)
+    train(scripted, all_batches[:HALF])
+    scripted.save(tmp_path / "half.pt")
+    torch.save(all_batches[HALF:], tmp_path / "batches.pt")
+    uninterrupted = torch.jit.script(Trainer(device))
+    train(uninterrupted, all_batches)
+    return tmp_path / "half.pt", tmp_path / "batches.pt", uninterrupted
+
+
+def test_trains_on_in_a_fresh_python(half, tmp_path):
+    saved, rest, uninterrupted = half
+    code = f"""
+import torch, fused_lars
+module = torch.jit.load({str(saved)!r})
+assert isinstance(module.optimizer, fused_lars.Lars)
+for batch in torch.load({str(rest)!r}):
+    module.train_step(*batch)
+module.save({str(tmp_path / "end.pt")!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment())
+    assert_same_bits(torch.jit.load(tmp_path / "end.pt"), uninterrupted)
+
+
+def test_trains_on_in_a_program_without_python(half, tmp_path):
+    saved, rest, uninterrupted = half
+    printed = cpp_program.run("train_scripted", saved, rest, tmp_path / "end.pt")
+    assert printed.strip() == repr(uninterrupted.optimizer)
+    assert_same_bits(torch.jit.load(tmp_path / "end.pt"), uninterrupted)
+
+
+def test_the_program_without_python_has_none():
+    libraries = cpp_program.libraries(cpp_program.path("train_scripted"))
+    assert {"libfused_lars.so", "libtorch_cpu.so"} <= libraries
+    assert not [name for name in libraries if "python" in name]
+
+
+def test_a_loaded_optimizer_can_be_changed(half):
+    saved, *_ = half
+    module = torch.jit.load(saved)
+    module.optimizer.set_learning_rate(0.0)
+    before = [p.clone() for p in module.parameters()]
+    module.optimizer.clear_state()
+    train(module, batches(1, next(module.parameters()).device))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+def test_errors_inside_of_scripted_code_are_runtime_errors():
+    @torch.jit.script
+    def make(lr: float):
+        return (
+            torch.classes.fused_lars.Lars(lr)
+            .with_momentum(0.5)
+            .with_weight_decay(0.1)
+            .with_trust_coefficient(1.0)
+        )
+
+    assert repr(make(0.5)) == "Lars(lr=0.5, momentum=0.5, weight_decay=0.1, trust_coefficient=1, states=0)"
+    with pytest.raises(RuntimeError, match="Invalid learning rate: -1; allowed: finite and >= 0"):
+        make(-1.0)
+    with pytest.raises(ValueError, match="Invalid learning rate: -1; allowed: finite and >= 0"):
+        torch.classes.fused_lars.Lars(-1.0)
+
+
+def test_the_ops_run_in_the_interpreter(device):
+    @torch.jit.script
+    def step(param: torch.Tensor, grad: torch.Tensor, momentum_buffer: torch.Tensor):
+        norms = torch.ops.fused_lars.squared_norms([param], [grad])
+        torch.ops.fused_lars.step_(
+            [param], [grad], [momentum_buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
+            trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
+            trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+            squared_norms=norms,
+        )  # fmt: skip
+
+    param, grad = torch.randn(50).to(device), torch.randn(50).to(device)
+    other, buffer = param.clone(), torch.zeros_like(param)
+    lars = fused_lars.Lars(0.5).with_momentum(0.9).with_weight_decay(0.1).with_trust_coefficient(0.02)
+    for _ in range(3):
+        step(param, grad, buffer)
+        lars.step(0, other, grad)
+    torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)
