@@ -424,8 +424,8 @@ class _Call:
             self.group_sizes,
             **values,
             squared_norms=self.squared_norms,
-            grad_scale=None if grad_scale is None else grad_scale.to(device, non_blocking=True),
-            found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
+            grad_scale=_on_device(grad_scale, device),
+            found_inf=_on_device(found_inf, device),
             trust_ratios=None if scratch is None else scratch.trust_ratios,
             workspace=None if scratch is None else scratch.workspace,
         )
@@ -462,11 +462,16 @@ def _name(group, group_index: int, index: int) -> str:
     return f"parameter{name} param_groups[{group_index}]['params'][{index}]"
 
 
+def _on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """A scalar where a step reads it; the copy does not block, unless it is the host that will read."""
+    return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
     """An lr as the op's tensor_lr overload takes it: on the CPU or on the parameters' device."""
     if not isinstance(lr, Tensor):
         return torch.tensor(lr, dtype=torch.float64)
-    return lr if lr.device.type == "cpu" else lr.to(device, non_blocking=True)
+    return lr if lr.device.type == "cpu" else _on_device(lr, device)
 
 
 def _check_group(group) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .optimizer import _Call, _name, _uses_reference
+from .optimizer import _Call, _name, _on_device, _uses_reference
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
 _HALF = (torch.float16, torch.bfloat16)
@@ -85,7 +85,7 @@ class Sharding:
         replaced = _replaced_grads(self._dtensors, optimizer.param_groups)
         calls: defaultdict[tuple[torch.device, bool], _Call] = defaultdict(_Call)
         for device, rank_sets in self._rank_sets.items():
-            norms = _Norms(None if found_inf is None else found_inf.to(device, non_blocking=True))
+            norms = _Norms(_on_device(found_inf, device))
             for rank_set in rank_sets:
                 for group_index, params in rank_set.parts.items():
                     group = optimizer.param_groups[group_index]
