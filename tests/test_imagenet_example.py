@@ -1,0 +1,116 @@
+"""examples/imagenet.py on a small folder of images, on 2 processes."""
+
+import csv
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from distributed_harness import run_on_ranks
+from distributed_nets import full
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "imagenet.py"
+STEPS = 16  # 8 epochs of 2
+ARGUMENTS = [
+    "--model=resnet18", "--image-size=32", "--batch-size=31", "--micro-batch=8", "--epochs=8",
+    "--warmup-epochs=2", "--lr=0.1", "--trust-coefficient=0.03", "--workers=0", "--checkpoint-every=5",
+    "--log-every=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """Reddish noise and bluish noise: 64 images to train on and 16 others."""
+    root = tmp_path_factory.mktemp("images")
+    random = numpy.random.default_rng(0)
+    for part, count in (("train", 32), ("val", 8)):
+        for name, tint in (("red", (40, 0, 0)), ("blue", (0, 0, 40))):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = random.normal(100, 30, (48, 48, 3)) + tint
+                Image.fromarray(image.clip(0, 255).astype("uint8")).save(folder / f"{i}.png")
+    return root
+
+
+def train(arguments: list[str]):
+    """All that a run has come to, on each rank."""
+    spec = importlib.util.spec_from_file_location("imagenet", SCRIPT)
+    imagenet = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imagenet)
+    run = imagenet.main(arguments)
+    tensors = [*run.model.parameters(), *run.model.buffers()]
+    tensors += [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
+    return [full(t.detach()).clone() for t in tensors]
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_trains_and_goes_on(parallel, data, tmp_path):
+    """From any checkpoint a run goes on to the same bits and the same log."""
+    arguments = [str(data), f"--parallel={parallel}", *ARGUMENTS]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    first, second = run_on_ranks(2, train, arguments=[*arguments, f"--output={whole}"])
+    assert all(map(torch.equal, first, second))
+
+    log = rows(whole / "log.csv")
+    assert [int(row["step"]) for row in log] == [*range(1, STEPS + 1)]
+    losses = [float(row["loss"]) for row in log]
+    assert max(losses[-3:]) < 0.6 * losses[0]
+    assert float(log[-1]["accuracy"]) > 0.8
+    rates = [float(row["lr"]) for row in log]
+    assert rates[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1 * (11 / 12) ** 2], rel=1e-5)
+    assert rates[-1] == pytest.approx(0.1 * (1 / 12) ** 2, rel=1e-5)
+    ratios = rows(whole / "trust_ratios.csv")
+    assert len(ratios) == STEPS
+    assert len(ratios[0]) == 1 + 21  # resnet18 has 20 convolutions and a linear layer
+    assert 0 < float(ratios[-1]["layer1.0.conv1.weight"]) < 1
+
+    assert sorted(int(p.name[5:]) for p in whole.glob("step-*")) == [5, 10, 15, 16]
+    shutil.copytree(whole, resumed)
+    for step in (10, 15, 16):
+        shutil.rmtree(resumed / f"step-{step}")
+    third, fourth = run_on_ranks(2, train, arguments=[*arguments, f"--output={resumed}"])
+    assert all(map(torch.equal, first, third))
+    assert all(map(torch.equal, first, fourth))
+    for name in ("log.csv", "trust_ratios.csv"):
+        assert (whole / name).read_text() == (resumed / name).read_text()
+
+
+def test_under_torchrun_and_then_alone(data, tmp_path):
+    """As a person starts it; one process goes on with what two have saved."""
+    arguments = [
+        str(SCRIPT),
+        str(data),
+        "--parallel=fsdp",
+        *ARGUMENTS,
+        f"--output={tmp_path}",
+        "--log-every=6",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, *arguments, "--workers=1"], check=True, timeout=300, capture_output=True)
+    log = (tmp_path / "log.csv").read_text()
+    for step in (15, 16):
+        shutil.rmtree(tmp_path / f"step-{step}")
+    subprocess.run([sys.executable, *arguments], check=True, timeout=300, capture_output=True)
+    assert [row["step"] for row in rows(tmp_path / "log.csv")] == [
+        row["step"] for row in csv.DictReader(log.splitlines())
+    ]
+
+
+def test_batch_size_without_preset(data):
+    result = subprocess.run(
+        [sys.executable, SCRIPT, data, "--batch-size=100"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "no preset for this batch size, only for 3264, 32768, 67456: give --lr" in result.stderr
