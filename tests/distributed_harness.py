@@ -1,7 +1,7 @@
 """Tests that run in several processes at once, each under a time limit, so that a hang is a failure.
 
-Processes are started once for each number of ranks and serve all tests of a session, since importing torch
-takes longer than most of the tests. Where one hangs or dies all are ended, and the next test starts new ones.
+Importing torch takes longer than most of the tests, so processes are forked off one that has imported it, and
+serve all tests of a session. Where one hangs or dies its group is ended, and the next test starts anew.
 """
 
 import atexit
@@ -19,6 +19,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIME_LIMIT = 120.0  # seconds a test; a hang costs that much, a slow machine must not look like one
+PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.checkpoint.state_dict",
+]
 GRACE = 5.0  # seconds for the other ranks once one has failed
 
 _pools: dict[int, "Ranks"] = {}
@@ -28,7 +33,8 @@ class Ranks:
     """Processes of one gloo group on this machine, waiting for functions to run."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self._directory = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(world_size):

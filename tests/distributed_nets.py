@@ -54,7 +54,8 @@ def make_net(dtype=torch.float32) -> Net:
 
 
 def make_optimizer(model, **options) -> LARS:
-    options = {"lr": 1.0, "momentum": 0.9, "trust_coefficient": 0.02, **options}
+    # With eps, so that norms that are wrong by one factor for weight and gradient show.
+    options = {"lr": 1.0, "momentum": 0.9, "trust_coefficient": 0.02, "eps": 0.01, **options}
     return LARS(param_groups(model, weight_decay=1e-2), **options)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from distributed_harness import on_ranks
 from distributed_nets import full
-from fused_lars import LARS
+from fused_lars import LARS, sharding
 
 # Rows that 4 ranks share evenly, unevenly, and so that one or three of them get none.
 SHAPES = [(8, 3), (7, 2), (3, 5), (1, 4), (6,)]
@@ -142,3 +142,49 @@ def test_no_step_waits_for_a_rank_that_is_not_in_the_mesh():
     assert_same(sharded, whole)
     if dist.get_rank() == 0:
         assert_same([alone], whole)
+
+
+@on_ranks(5)
+def test_sharded_in_two_dimensions_of_a_part_of_the_world():
+    """The norms need a process group that no mesh has; rank 4 is in none."""
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]])
+    member = dist.get_rank() < 4
+    whole = [nn.Parameter(t) for t in tensors(0)[:3]]
+    sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0), Shard(0)])) for p in whole]
+    other = nn.Parameter(
+        distribute_tensor(tensors(0)[0], DeviceMesh("cpu", [[0, 1], [2, 3]]), [Shard(1), Shard(0)])
+    )
+    optimizers = LARS([*sharded, other], **OPTIONS), LARS([*whole], **OPTIONS)
+    for step in (1, 2):
+        for p, q, grad in zip([*sharded, other], [*whole, None], [*tensors(step)[:3], tensors(step)[0]]):
+            part = distribute_tensor(grad, p.device_mesh, p.placements)
+            if member:
+                p.grad = part
+            if q is not None:
+                q.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    if member:
+        assert_same([*sharded, other], [*whole, whole[0]])
+        (_, rank_sets), *_ = optimizers[0]._sharding._rank_sets.items()
+        assert [dist.get_process_group_ranks(r.process_group) for r in rank_sets] == [[0, 1, 2, 3]]
+    else:
+        assert not optimizers[0].trust_ratios()
+
+
+@on_ranks(4)
+def test_process_groups():
+    """Of the ranks that differ in the given dimensions only, and made once."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    rank, world = dist.get_rank(), dist.group.WORLD
+    for dims, expected in (
+        ((0,), (rank % 2, rank % 2 + 2)),
+        ((1,), (rank - rank % 2, rank - rank % 2 + 1)),
+        ((0, 1), (0, 1, 2, 3)),
+    ):
+        ranks, group = sharding._ranks_and_group(mesh, dims, world)
+        assert ranks == expected == tuple(dist.get_process_group_ranks(group))
+    rows = ((0, 3), (1, 2))
+    made = sharding._new_group(rows, world)
+    assert tuple(dist.get_process_group_ranks(made)) == (rows[0] if rank in (0, 3) else rows[1])
+    assert sharding._new_group(rows, world) is made
