@@ -23,10 +23,11 @@ import random
 import statistics
 import time
 
-import fused_lars
 import torch
 import torchvision
 from matplotlib.figure import Figure
+
+import fused_lars
 
 EVENT_RESOLUTION_MS = 0.0005
 STEP_BYTES, ADD_BYTES, COPY_BYTES = 20, 12, 8

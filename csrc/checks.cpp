@@ -51,7 +51,8 @@ void check_companion(const at::Tensor& tensor, Name name, const at::Tensor& para
 
 void check_writable(const at::Tensor& tensor, Name name) {
   FUSED_LARS_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, InvalidTensor, name,
-                   " overlaps itself (expanded, strides ", tensor.sym_strides(), ") and cannot be updated in place");
+                   " overlaps itself (expanded, strides ", tensor.sym_strides(),
+                   ") and cannot be updated in place");
 }
 
 void check_count(const char* list, size_t got, size_t expected, const char* of_what) {
@@ -62,8 +63,8 @@ void check_count(const char* list, size_t got, size_t expected, const char* of_w
 void check_optional(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype,
                     at::Device device) {
   if (!tensor.defined()) return;
-  FUSED_LARS_CHECK(tensor.sym_sizes().equals(c10::fromIntArrayRefSlow(sizes)), ShapeMismatch, name, " has shape ",
-                   tensor.sym_sizes(), "; expected ", sizes);
+  FUSED_LARS_CHECK(tensor.sym_sizes().equals(c10::fromIntArrayRefSlow(sizes)), ShapeMismatch, name,
+                   " has shape ", tensor.sym_sizes(), "; expected ", sizes);
   FUSED_LARS_CHECK(tensor.scalar_type() == dtype && tensor.device() == device, InvalidTensor, name, " is ",
                    tensor.scalar_type(), " on ", tensor.device(), "; expected ", dtype, " on ", device);
   FUSED_LARS_CHECK(tensor.is_contiguous(), InvalidTensor, name, " has strides ", tensor.sym_strides(),
@@ -74,15 +75,15 @@ void check_scalar(const at::Tensor& tensor, const char* name, at::Device device)
   if (!tensor.defined()) return;
   FUSED_LARS_CHECK(tensor.sym_numel() == 1, ShapeMismatch, name, " has shape ", tensor.sym_sizes(),
                    "; expected 1 element");
-  FUSED_LARS_CHECK(tensor.scalar_type() == at::kFloat && tensor.device() == device, InvalidTensor, name, " is ",
-                   tensor.scalar_type(), " on ", tensor.device(), "; expected Float on ", device);
+  FUSED_LARS_CHECK(tensor.scalar_type() == at::kFloat && tensor.device() == device, InvalidTensor, name,
+                   " is ", tensor.scalar_type(), " on ", tensor.device(), "; expected Float on ", device);
 }
 
 void check_lr_tensor(const at::Tensor& lr, int64_t group, at::Device device) {
   if (!lr.defined()) return;
   const Name name{"lr", group};
-  FUSED_LARS_CHECK(lr.sym_numel() == 1, InvalidLearningRate, "Tensor lr must be 1-element; ", name, " has shape ",
-                   lr.sym_sizes());
+  FUSED_LARS_CHECK(lr.sym_numel() == 1, InvalidLearningRate, "Tensor lr must be 1-element; ", name,
+                   " has shape ", lr.sym_sizes());
   FUSED_LARS_CHECK(at::isFloatingType(lr.scalar_type()), InvalidLearningRate, name, " has dtype ",
                    lr.scalar_type(), "; allowed: a floating-point dtype");
   FUSED_LARS_CHECK(lr.device().is_cpu() || lr.device() == device, InvalidLearningRate, name, " is on ",
@@ -118,14 +119,20 @@ void check_and_assemble(const StepLists& lists, Step& step) {
     FUSED_LARS_CHECK(params[i].defined(), InvalidTensor, Name{"params", i}, " is undefined");
     check_param(params[i], i, device);
     const auto dtype = params[i].scalar_type();
-    StepTensor tensor{.param = params[i], .grad = lists.grads[i], .momentum_buffer = {}, .master_param = {},
-                      .step = {}, .group = group};
-    if (needs_momentum_buffer(hyperparameters)) tensor.momentum_buffer = take(lists.momentum_buffers, buffers);
+    StepTensor tensor{.param = params[i],
+                      .grad = lists.grads[i],
+                      .momentum_buffer = {},
+                      .master_param = {},
+                      .step = {},
+                      .group = group};
+    if (needs_momentum_buffer(hyperparameters))
+      tensor.momentum_buffer = take(lists.momentum_buffers, buffers);
     if (needs_master(hyperparameters, dtype)) tensor.master_param = take(lists.master_params, masters);
     if (needs_step(hyperparameters)) tensor.step = take(lists.steps, steps);
     step.tensors.push_back(std::move(tensor));
   }
-  check_count("momentum_buffers", lists.momentum_buffers.size(), buffers, "parameter of a group with momentum");
+  check_count("momentum_buffers", lists.momentum_buffers.size(), buffers,
+              "parameter of a group with momentum");
   check_count("master_params", lists.master_params.size(), masters,
               "fp16 or bf16 parameter of a group with master_weights");
   check_count("steps", lists.steps.size(), steps, "parameter of a group with momentum and dampening");

@@ -22,13 +22,14 @@ void validate(const Hyperparameters& h, long group) {
                    "; allowed: finite and > 0");
   FUSED_LARS_CHECK(not_negative(h.eps), InvalidOption, "Invalid eps value", where(), ": ", h.eps,
                    "; allowed: finite and >= 0");
-  FUSED_LARS_CHECK(h.dampening >= 0.0 && h.dampening <= 1.0, InvalidOption, "Invalid dampening value", where(),
-                   ": ", h.dampening, "; allowed: >= 0 and <= 1");
+  FUSED_LARS_CHECK(h.dampening >= 0.0 && h.dampening <= 1.0, InvalidOption, "Invalid dampening value",
+                   where(), ": ", h.dampening, "; allowed: >= 0 and <= 1");
   FUSED_LARS_CHECK(!h.nesterov || (h.momentum > 0.0 && h.dampening == 0.0), InvalidOption,
-                   "Nesterov momentum requires a momentum and zero dampening", where(), ": momentum ", h.momentum,
-                   ", dampening ", h.dampening);
-  FUSED_LARS_CHECK(h.dampening == 0.0 || !h.classic_momentum, InvalidOption, "Invalid dampening value", where(),
-                   ": ", h.dampening, "; dampening belongs to torch's momentum, allowed with classic_momentum=False");
+                   "Nesterov momentum requires a momentum and zero dampening", where(), ": momentum ",
+                   h.momentum, ", dampening ", h.dampening);
+  FUSED_LARS_CHECK(h.dampening == 0.0 || !h.classic_momentum, InvalidOption, "Invalid dampening value",
+                   where(), ": ", h.dampening,
+                   "; dampening belongs to torch's momentum, allowed with classic_momentum=False");
 }
 
 }  // namespace fused_lars

@@ -23,9 +23,11 @@ at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const at:
     const auto both = (weight_squared_norm > 0).logical_and(grad_squared_norm > 0);
     const auto weight_norm = at::where(both, weight_squared_norm, one).sqrt();
     const auto grad_norm = at::where(both, grad_squared_norm, one).sqrt() / grad_scale.abs();
-    q = at::where(both, h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps), one);
+    q = at::where(
+        both, h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps), one);
   }
-  if (h.trust_clip) q = at::where((lr > 0).logical_and((q >= lr).logical_not()), q / at::where(lr > 0, lr, one), one);
+  if (h.trust_clip)
+    q = at::where((lr > 0).logical_and((q >= lr).logical_not()), q / at::where(lr > 0, lr, one), one);
   return q;
 }
 
@@ -59,9 +61,9 @@ void step_reference(const Step& step) {
     const auto grad = tensor.grad.to(dtype);
 
     const bool given = step.squared_norms.defined();
-    const auto q = trust_ratio(h, lr[tensor.group],
-                               given ? step.squared_norms.select(0, i).select(0, 0) : squared_norm(weight),
-                               given ? step.squared_norms.select(0, i).select(0, 1) : squared_norm(grad), grad_scale);
+    const auto q = trust_ratio(
+        h, lr[tensor.group], given ? step.squared_norms.select(0, i).select(0, 0) : squared_norm(weight),
+        given ? step.squared_norms.select(0, i).select(0, 1) : squared_norm(grad), grad_scale);
     if (step.trust_ratios.defined()) assign(step.trust_ratios.select(0, i), q.detach());
 
     auto damped = scalar(h.momentum > 0.0 ? 1.0 - h.dampening : 1.0);
@@ -80,7 +82,8 @@ void step_reference(const Step& step) {
         .step_size = factor(h.classic_momentum ? scalar(1.0) : lr[tensor.group]),
         .nesterov = h.nesterov,
     };
-    auto momentum_buffer = tensor.momentum_buffer.defined() ? tensor.momentum_buffer.to(dtype) : at::zeros_like(weight);
+    auto momentum_buffer =
+        tensor.momentum_buffer.defined() ? tensor.momentum_buffer.to(dtype) : at::zeros_like(weight);
     update(c, grad, weight, momentum_buffer);
 
     if (tensor.momentum_buffer.defined()) assign(tensor.momentum_buffer, momentum_buffer);

@@ -27,7 +27,6 @@ import math
 import pathlib
 import statistics
 
-import fused_lars
 import sklearn.datasets
 import torch
 import torch.distributed as dist
@@ -36,6 +35,8 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from tqdm import tqdm
+
+import fused_lars
 
 TRAINING_IMAGES = 1280
 FOLDS = 5

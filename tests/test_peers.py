@@ -301,7 +301,7 @@ def test_classic_form(skipped_decay, nesterov, eps):
 # ---------------------------------------------------------------- optax
 
 
-@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_optax(momentum, nesterov):
     """Without decay; with decay optax takes the norm of the decayed gradient, which is another rule."""
     jax = pytest.importorskip("jax")

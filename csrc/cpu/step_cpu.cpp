@@ -18,7 +18,7 @@
 namespace fused_lars {
 namespace {
 
-constexpr int64_t kTile = 4096;                   // elements
+constexpr int64_t kTile = 4096;                    // elements
 constexpr int64_t kTilesPerThread = 8;             // not worth a thread of its own below that
 constexpr int64_t kTilesPerStretch = 16;           // 512 KiB of fp32 weights and gradients
 constexpr int64_t kCacheBytesPerThread = 1 << 20;  // of weights and gradients; half of a common L2
@@ -74,7 +74,8 @@ class Batch {
     const auto& kernels = tile_kernels();
     for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
       if (!work.needs_norms) return;
-      const auto norms = work.weight.element == Element::f64 ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
+      const auto norms =
+          work.weight.element == Element::f64 ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
       partials_[work.first_tile + tile] = norms(work.weight, work.grad, offset, count);
     });
     for (size_t k = 0; k < work_.size(); ++k) {

@@ -82,7 +82,7 @@ FUSED_LARS_INLINE uint16_t to_f16(float x) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
-  if (magnitude < 0x38800000) {                                                 // subnormal: last place 2^-24
+  if (magnitude < 0x38800000) {                                              // subnormal: last place 2^-24
     const float shifted = bits_to_float(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (float_to_bits(shifted) - float_to_bits(0.5f)));
   }
@@ -147,7 +147,8 @@ template <typename T>
 FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, const T* values) {
   if (x.element == element_of<T>) return;
   if constexpr (sizeof(T) == sizeof(double)) {
-    convert(values, static_cast<float*>(x.data) + offset, count, [](double e) { return static_cast<float>(e); });
+    convert(values, static_cast<float*>(x.data) + offset, count,
+            [](double e) { return static_cast<float>(e); });
   } else if (x.element == Element::bf16) {
     convert(values, static_cast<uint16_t*>(x.data) + offset, count, to_bf16);
   } else {
@@ -226,7 +227,8 @@ SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, int64_t o
 // ---------------------------------------------------------------- update
 
 template <typename T, bool nesterov, bool has_momentum>
-FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T* momentum_buffer, int64_t count) {
+FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T* momentum_buffer,
+                                  int64_t count) {
   c.nesterov = nesterov;
   int64_t i = 0;
   for (; i + VectorOf<T>::size <= count; i += VectorOf<T>::size) {

@@ -34,8 +34,10 @@ struct TileKernels {
   // The sums of squares of `count` elements of a weight and its gradient from `offset`, in fp32 or, for fp64
   // weights, in fp64; in a fixed number of lanes whatever the vector width, so the bits do not depend on the
   // processor.
-  SquaredNorms (*squared_norms_f32)(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
-  SquaredNorms (*squared_norms_f64)(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
+  SquaredNorms (*squared_norms_f32)(ElementPointer weight, ElementPointer grad, int64_t offset,
+                                    int64_t count);
+  SquaredNorms (*squared_norms_f64)(ElementPointer weight, ElementPointer grad, int64_t offset,
+                                    int64_t count);
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
   void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
   void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);

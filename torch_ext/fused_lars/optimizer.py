@@ -1,4 +1,4 @@
-"""LARS as a ``torch.optim.Optimizer``: gathers parameters and state, and hands them to one op call a device."""
+"""LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
 import re
 import sys
@@ -49,11 +49,11 @@ class LARS(Optimizer):
 
     from You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
     algorithm 1. The two momentum conventions give the same steps while lr is constant. When lr changes, the
-    classic one (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the other
-    one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
+    classic one (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the
+    other one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
 
-    Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in fp32.
-    Every argument below except ``params`` can be overridden in a parameter group.
+    Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in
+    fp32. Every argument below except ``params`` can be overridden in a parameter group.
 
     Args:
         params (iterable): parameters, named parameters, or dicts of parameter groups; see
@@ -64,16 +64,16 @@ class LARS(Optimizer):
         weight_decay (float): finite and >= 0; part of the update and of the trust ratio. Default: 0.
         trust_coefficient (float): finite and > 0. Default: 0.001.
         eps (float): added to the trust ratio's denominator, finite and >= 0. Default: 0.
-        dampening (float): in [0, 1]; with ``classic_momentum=False`` only. The first update applied to a parameter
-            is not damped, as in torch. Default: 0.
+        dampening (float): in [0, 1]; with ``classic_momentum=False`` only. The first update applied to a
+            parameter is not damped, as in torch. Default: 0.
         nesterov (bool): Nesterov momentum; needs a momentum and no dampening. Default: False.
         maximize (bool): maximize the objective: the gradient is negated first. Default: False.
         trust_clip (bool): use ``min(q / lr, 1)`` for q, as LARC does. Default: False.
         layer_adaptation (bool): False sets q to 1: momentum SGD, meant for bias and normalisation parameters.
             Default: True.
         classic_momentum (bool): the momentum convention, see above. Default: True.
-        master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or bf16
-            parameter; the update is applied to the copy and rounded to the parameter. Default: False.
+        master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or
+            bf16 parameter; the update is applied to the copy and rounded to the parameter. Default: False.
         foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
         capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
         differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
@@ -87,12 +87,13 @@ class LARS(Optimizer):
             ``differentiable``.
 
     State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
-    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A gradient that
-    holds NaN or inf reaches the weights as in ``torch.optim.SGD``, unless a ``GradScaler`` found it: then the step
-    changes nothing.
+    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A gradient
+    that holds NaN or inf reaches the weights as in ``torch.optim.SGD``, unless a ``GradScaler`` found it:
+    then the step changes nothing.
 
     Example:
-        >>> optimizer = fused_lars.LARS(fused_lars.param_groups(model, weight_decay=1e-4), lr=10.0, momentum=0.9)
+        >>> groups = fused_lars.param_groups(model, weight_decay=1e-4)
+        >>> optimizer = fused_lars.LARS(groups, lr=10.0, momentum=0.9)
         >>> model(inputs).sum().backward()
         >>> optimizer.step()
 
@@ -189,11 +190,12 @@ class LARS(Optimizer):
     def load_state_dict(self, state_dict) -> None:
         """Loads a state of LARS, in torch's format.
 
-        Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and ``fused`` stay
-        those of this optimizer. fp32 state of fp16 and bf16 parameters stays fp32, bit for bit.
+        Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and
+        ``fused`` stay those of this optimizer. fp32 state of fp16 and bf16 parameters stays fp32, bit by bit.
 
         Raises:
-            ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed then.
+            ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed
+                then.
         """
         implementations = [{name: group[name] for name in _IMPLEMENTATION} for group in self.param_groups]
         loaded = {}
@@ -293,8 +295,8 @@ class LARS(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse layout).
-                Nothing has changed then.
+            ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse
+                layout). Nothing has changed then.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -342,7 +344,7 @@ class LARS(Optimizer):
         return calls
 
     def _whose(self, call, message) -> str:
-        """Names the parameter that an op's message is about, which knows only its place in a list of the call."""
+        """Names the parameter that an op's message is about; the op knows its place in a list of the call."""
         found = re.match(r"(\w+)\[(\d+)\]", message)
         if not found or not isinstance(getattr(call, found[1], None), list):
             return ""
@@ -364,9 +366,10 @@ class LARS(Optimizer):
         """The trust ratio q that the last step used, of every parameter that had a gradient.
 
         Returns:
-            A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has no
-            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a ``GradScaler`` skipped
-            leaves the ratios of the step before. Steps that ran under ``torch.compile`` are not recorded.
+            A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has
+            no fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
+            ``GradScaler`` skipped leaves the ratios of the step before. Steps that ran under
+            ``torch.compile`` are not recorded.
         """
         ratios: dict[Tensor, Tensor] = {}
         for scratch in self._scratch.values():
@@ -384,8 +387,8 @@ class _Call:
         )
         self.group_sizes: list[int] = []
         self.hyperparameters: list[tuple] = []
-        # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the ranks
-        # found together.
+        # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the
+        # ranks found together.
         self.local: tuple[list[Tensor], ...] | None = None
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -432,7 +435,7 @@ class _Call:
 
 
 class _Scratch:
-    """Tensors that one op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
+    """Tensors that an op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
 
     def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int], before) -> None:
         self.params = list(params)
@@ -499,11 +502,12 @@ def _check_fused(params) -> None:
             continue  # the base class has the error
         if param.dtype not in _FUSED_DTYPES:
             raise RuntimeError(
-                f"`fused=True`: parameter {index} has dtype {param.dtype}; allowed: {', '.join(map(str, _FUSED_DTYPES))}"
+                f"`fused=True`: parameter {index} has dtype {param.dtype}; "
+                f"allowed: {', '.join(map(str, _FUSED_DTYPES))}"
             )
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(param.device.type)
         if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key):
             raise RuntimeError(
-                f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused kernel; "
-                "fused_lars.show_config() says what was built"
+                f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused "
+                "kernel; fused_lars.show_config() says what was built"
             )

@@ -15,7 +15,8 @@ _NORMALISATION = (
 
 
 def _is_bias_or_norm(module: nn.Module, name: str) -> bool:
-    # Normalisation layers that models bring along (LlamaRMSNorm, FrozenBatchNorm2d) are known by their name only.
+    # Normalisation layers that models bring along (LlamaRMSNorm, FrozenBatchNorm2d) are known by their name
+    # only.
     is_norm = isinstance(module, _NORMALISATION) or "Norm" in type(module).__name__
     return is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
@@ -28,12 +29,14 @@ def param_groups(
     Args:
         model: the model; ``DTensor`` parameters are fine.
         weight_decay: of the first group, finite and >= 0. Default: 0.
-        exclude: called with a parameter's full name and the parameter; True puts a weight into the second group too.
+        exclude: called with a parameter's full name and the parameter; True puts a weight into the second
+            group too.
 
     Returns:
-        Two groups for :class:`fused_lars.LARS`, every parameter in exactly one, with its name: the weights, with
-        ``weight_decay``; and bias and normalisation parameters, with ``weight_decay=0, layer_adaptation=False``.
-        A parameter that several modules share counts where ``model.named_parameters()`` names it first.
+        Two groups for :class:`fused_lars.LARS`, every parameter in exactly one, with its name: the weights,
+        with ``weight_decay``; and bias and normalisation parameters, with ``weight_decay=0,
+        layer_adaptation=False``. A parameter that several modules share counts where
+        ``model.named_parameters()`` names it first.
     """
     weights, others, seen = [], [], set()
     for prefix, module in model.named_modules():
