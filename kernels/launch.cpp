@@ -23,7 +23,8 @@ class Tiling {
   ItemCounts items(const LaunchTensor& tensor) const {
     const uint32_t count = tiles(tensor);
     if (options_.squared_norms) return {count, 0};
-    const bool needs_norms = !options_.given_squared_norms && groups_[tensor.group].hyperparameters.layer_adaptation;
+    const bool needs_norms =
+        !options_.given_squared_norms && groups_[tensor.group].hyperparameters.layer_adaptation;
     return {needs_norms && count > 1 ? count : 0, count};
   }
   uint16_t last_tile(const LaunchTensor& tensor) const {
@@ -48,8 +49,8 @@ class Packer {
   void fill(Parameters& p, size_t begin) {
     rows_.clear();
     row_of_group_.assign(groups_.size(), kNoRow);
-    const size_t tensor_bytes = sizeof(TensorRow) + sizeof(ItemCounts) +
-                                (bucket_.types.master + any_step_) * sizeof(void*);
+    const size_t tensor_bytes =
+        sizeof(TensorRow) + sizeof(ItemCounts) + (bucket_.types.master + any_step_) * sizeof(void*);
     size_t bytes = sizeof(ItemCounts), count = 0;
     for (; begin + count < bucket_.tensors.size(); ++count) {
       const uint32_t group = bucket_.tensors[begin + count].group;
@@ -76,8 +77,8 @@ class Packer {
     for (size_t i = 0; i < count; ++i) {
       const LaunchTensor& tensor = bucket_.tensors[begin + i];
       write(p, p.tensor_rows, i,
-            TensorRow{tensor.weight, tensor.grad, tensor.momentum_buffer, tensor.index, row_of_group_[tensor.group],
-                      tiling_.last_tile(tensor)});
+            TensorRow{tensor.weight, tensor.grad, tensor.momentum_buffer, tensor.index,
+                      row_of_group_[tensor.group], tiling_.last_tile(tensor)});
       write(p, p.item_counts, i, before);
       if (bucket_.types.master) write(p, p.params_of_masters, i, tensor.param);
       if (any_step_) write(p, p.steps, i, tensor.step);
@@ -119,12 +120,12 @@ Workspace lay_out(void* base, const Order& order) {
 
 // How far norms run ahead, and which tensors are updated backwards, by the L2 that there is. A quarter of it
 // is left for what is in flight.
-void set_window(Order& order, const Kernel& kernel, const Tiling& tiling, std::span<const LaunchTensor> tensors,
-                const LaunchOptions& options) {
+void set_window(Order& order, const Kernel& kernel, const Tiling& tiling,
+                std::span<const LaunchTensor> tensors, const LaunchOptions& options) {
   const int64_t window = options.l2_bytes / 4 * 3;
   const int64_t tile_bytes = int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
-  // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The norms
-  // that are given were taken just before, in order.
+  // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The
+  // norms that are given were taken just before, in order.
   order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes);
 
   // Between the norms and the update of a tile lie at most its tensor and the distance. A distance of all
@@ -141,7 +142,8 @@ void set_window(Order& order, const Kernel& kernel, const Tiling& tiling, std::s
 
 }  // namespace
 
-int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options) {
+int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
+                        const LaunchOptions& options) {
   const Kernel& kernel = *find_kernel(bucket.types);
   const Tiling tiling(kernel, groups, options);
   // Two to align the start and the partial sums.
@@ -171,8 +173,8 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
     const dim3 grid(std::min(ticket_count(p.order), resident));
-    const auto error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel.function), grid, dim3(kernel.threads),
-                                        arguments, 0, stream);
+    const auto error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel.function), grid,
+                                        dim3(kernel.threads), arguments, 0, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -65,7 +65,8 @@ struct LaunchOptions {
 };
 
 // The workspace that launching the bucket takes: int32 words, all zero, which it leaves zero.
-int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options);
+int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
+                        const LaunchOptions& options);
 
 // Launches the bucket on `stream`, in one launch if the parameter space holds it.
 cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,

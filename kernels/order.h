@@ -44,7 +44,9 @@ struct Order {
   uint32_t forward_tiles;  // a tensor of more tiles is updated from its end, where its norms were taken last
 };
 
-FUSED_LARS_INLINE uint32_t ticket_count(const Order& order) { return order.items.norms + order.items.updates; }
+FUSED_LARS_INLINE uint32_t ticket_count(const Order& order) {
+  return order.items.norms + order.items.updates;
+}
 
 // The largest i < count with begin(i) <= value, for a rising `begin` with begin(0) == 0.
 template <typename Begin>

@@ -38,11 +38,11 @@ struct Sums {
 
 // Words that blocks share. All are zero before a launch and after it.
 struct Workspace {
-  uint32_t* tickets;    // handed out so far
-  uint32_t* finished;   // blocks that have left
-  uint64_t* ratios;     // for each tensor: the trust ratio once it is known, encoded by step_kernel.cuh
-  uint32_t* norm_items; // for each tensor: norm items that are done
-  void* partials;       // for each norm item: Sums, of double for fp64 weights and of float for others
+  uint32_t* tickets;     // handed out so far
+  uint32_t* finished;    // blocks that have left
+  uint64_t* ratios;      // for each tensor: the trust ratio once it is known, encoded by step_kernel.cuh
+  uint32_t* norm_items;  // for each tensor: norm items that are done
+  void* partials;        // for each norm item: Sums, of double for fp64 weights and of float for others
 };
 
 struct LaunchArguments {
@@ -72,7 +72,9 @@ struct Parameters : LaunchArguments {
   }
   FUSED_LARS_INLINE const GroupRow& group(uint32_t i) const { return entry<GroupRow>(0, i); }
   FUSED_LARS_INLINE const TensorRow& tensor(uint32_t i) const { return entry<TensorRow>(tensor_rows, i); }
-  FUSED_LARS_INLINE const ItemCounts& items_before(uint32_t i) const { return entry<ItemCounts>(item_counts, i); }
+  FUSED_LARS_INLINE const ItemCounts& items_before(uint32_t i) const {
+    return entry<ItemCounts>(item_counts, i);
+  }
 };
 static_assert(sizeof(Parameters) <= 32764);
 

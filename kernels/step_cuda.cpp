@@ -43,8 +43,8 @@ std::vector<LaunchTensor>& bucket_of(std::vector<Bucket>& buckets, const KernelT
 }
 
 // Launches the buckets on the device of `like`, with the caller's workspace or one of its own.
-void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups, LaunchOptions options,
-                at::Tensor workspace, const at::Tensor& like) {
+void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups,
+                LaunchOptions options, at::Tensor workspace, const at::Tensor& like) {
   const c10::cuda::CUDAGuard guard(like.device());
   const auto* device = at::cuda::getCurrentDeviceProperties();
   options.multiprocessors = device->multiProcessorCount;
@@ -66,8 +66,8 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
 }  // namespace
 
 void step_cuda(const Step& step) {
-  // Groups of equal content share a row, so that many groups fit in one launch. An equal one, if any, is likely
-  // among the last few.
+  // Groups of equal content share a row, so that many groups fit in one launch. An equal one, if any, is
+  // likely among the last few.
   constexpr size_t kLookBack = 16;
   std::vector<GroupRow> rows;
   std::vector<uint32_t> row_of_group;

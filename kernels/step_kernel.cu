@@ -1,4 +1,5 @@
-// The kernel's instantiations: one for each combination of element types, everything else is decided at run time.
+// The kernel's instantiations: one for each combination of element types, everything else is decided at run
+// time.
 
 #include "launch.h"
 #include "step_kernel.cuh"
@@ -43,7 +44,8 @@ const Kernel* find_kernel(const KernelTypes& types) {
     case Element::f16:
       return types.master ? kernel_of_param<__half, float>(types) : kernel_of_param<__half>(types);
     case Element::bf16:
-      return types.master ? kernel_of_param<__nv_bfloat16, float>(types) : kernel_of_param<__nv_bfloat16>(types);
+      return types.master ? kernel_of_param<__nv_bfloat16, float>(types)
+                          : kernel_of_param<__nv_bfloat16>(types);
   }
   return nullptr;
 }

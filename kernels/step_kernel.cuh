@@ -26,7 +26,9 @@ using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
 // A trust ratio as blocks hand it to each other. Ratios are not negative, so the sign bit is free to say
 // that there is one: all bits zero means not yet.
 __device__ __forceinline__ uint64_t encode_ratio(double q) { return __double_as_longlong(q) | 1ull << 63; }
-__device__ __forceinline__ double decode_ratio(uint64_t bits) { return __longlong_as_double(bits & ~(1ull << 63)); }
+__device__ __forceinline__ double decode_ratio(uint64_t bits) {
+  return __longlong_as_double(bits & ~(1ull << 63));
+}
 
 // What a block is to do in one turn. Made by one thread, read by all.
 template <typename Types>
@@ -66,7 +68,8 @@ __device__ __forceinline__ Work<Types> look_up(const Parameters& p, uint32_t tic
   if (row.momentum_buffer != nullptr) {
     tile.momentum_buffer = static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer) + offset;
   }
-  if constexpr (Types::kHasMaster) tile.param = p.entry<typename Types::Param*>(p.params_of_masters, tensor) + offset;
+  if constexpr (Types::kHasMaster)
+    tile.param = p.entry<typename Types::Param*>(p.params_of_masters, tensor) + offset;
   tile.count = work.item.tile + 1 == work.tiles ? row.last_tile : Types::kTile;
   const auto misaligned = [](const auto* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % (sizeof(*pointer) * Types::kVector) != 0;
@@ -91,7 +94,8 @@ __device__ __forceinline__ double learning_rate(const GroupRow& group) {
   }
 }
 
-__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor, Sums<double> squared_norms) {
+__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor,
+                                              Sums<double> squared_norms) {
   const GroupRow& group = p.group(p.tensor(tensor).group);
   return trust_ratio(group.hyperparameters, learning_rate(group), squared_norms.weight, squared_norms.grad,
                      p.grad_scale == nullptr ? 1.0 : *p.grad_scale);
@@ -131,7 +135,8 @@ __device__ __forceinline__ Coefficients<typename Types::Compute> update_coeffici
 
 // Warp 0: stores a tile's sums, given by lane 0. The last tile of a tensor completes its norms.
 template <typename T>
-__device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkItem& item, uint32_t tiles, Sums<T> sums) {
+__device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkItem& item, uint32_t tiles,
+                                                Sums<T> sums) {
   const uint32_t lane = threadIdx.x;
   Sums<T>* partials = static_cast<Sums<T>*>(p.workspace.partials) + p.items_before(item.tensor).norms;
   uint32_t& counter = p.workspace.norm_items[item.tensor];
@@ -170,7 +175,8 @@ __device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkI
 __device__ __forceinline__ void leave(const Parameters& p) {
   __shared__ bool is_last_block;
   if (threadIdx.x == 0) {
-    const auto before = DeviceAtomic<uint32_t>(*p.workspace.finished).fetch_add(1, cuda::memory_order_acq_rel);
+    const auto before =
+        DeviceAtomic<uint32_t>(*p.workspace.finished).fetch_add(1, cuda::memory_order_acq_rel);
     is_last_block = before == gridDim.x - 1;
   }
   __syncthreads();
@@ -186,7 +192,8 @@ __device__ __forceinline__ void leave(const Parameters& p) {
 template <typename Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     step_kernel(const __grid_constant__ Parameters p) {
-  if (p.found_inf != nullptr && *p.found_inf != 0.0f) return;  // any value but 0: ranks may have been added up
+  if (p.found_inf != nullptr && *p.found_inf != 0.0f)
+    return;  // any value but 0: ranks may have been added up
 
   using Agent = TileAgent<Types>;
   using Compute = typename Types::Compute;
@@ -210,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     if (threadIdx.x == 0) {
       if (!work.takes_norms) {
-        const bool has_norm_items = p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
+        const bool has_norm_items =
+            p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
         const double q = has_norm_items ? published_trust_ratio(p, work.item.tensor)
                                         : trust_ratio_without_norms(p, work.item.tensor);
         shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);

@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include <cub/block/block_reduce.cuh>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cub/block/block_reduce.cuh>
 
 #include "../csrc/rule.h"
 #include "parameters.h"
@@ -22,7 +22,8 @@ constexpr int kThreads = 128;
 constexpr int kVectorsPerThread = 4;
 constexpr int kVectorBytes = 16;
 
-// The element types of a launch. The weight is what the rule reads and writes: the parameter, or its fp32 master.
+// The element types of a launch. The weight is what the rule reads and writes: the parameter, or its fp32
+// master.
 template <typename Param_, typename Grad_, typename MomentumBuffer_, typename Weight_ = Param_>
 struct TensorTypes {
   using Param = Param_;
@@ -135,7 +136,7 @@ struct Tile {
   const typename Types::Grad* grad;
   typename Types::MomentumBuffer* momentum_buffer;  // null without momentum
   typename Types::Param* param;                     // where the weight is its master
-  uint32_t count;    // elements
+  uint32_t count;                                   // elements
   uint32_t vectors;  // elements that may be accessed by vectors: count, or 0 where a pointer is misaligned
 };
 
