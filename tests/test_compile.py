@@ -49,7 +49,8 @@ def optional_arguments(device):
         "grad_scale": torch.tensor(4.0, device=device),
         "found_inf": torch.tensor(0.0, device=device),
         "trust_ratios": torch.zeros(3, dtype=torch.float64, device=device),
-        "workspace": torch.zeros(0, dtype=torch.int32, device=device),
+        # Large enough: a program that is traced cannot see its own scratch resized.
+        "workspace": torch.zeros(4096, dtype=torch.int32, device=device),
     }
 
 
