@@ -40,7 +40,7 @@ build: $(VENV)/build-$(STAMP)
 
 # A program without Python that trains a model saved by one with it.
 train-cpp: $(VENV)/examples-$(STAMP) build
-	$(MAKE) -C examples/train_without_python
+	$(MAKE) -C examples/train_without_python BUILD=$(CURDIR)/build/train_without_python
 
 # The C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitize: sanitize-address sanitize-thread

@@ -4,11 +4,11 @@ import os
 import subprocess
 from pathlib import Path
 
-_BUILD = Path(os.environ.get("FUSED_LARS_BUILD", Path(__file__).parent.parent / "build"))
+BUILD = Path(os.environ.get("FUSED_LARS_BUILD", Path(__file__).parent.parent / "build"))
 
 
 def path(name: str) -> Path:
-    program = _BUILD / "tests" / name
+    program = BUILD / "tests" / name
     assert program.is_file(), f"{program} is missing; build it: make build CMAKE_FLAGS=-DFUSED_LARS_TESTS=ON"
     return program
 

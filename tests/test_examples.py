@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,3 +118,31 @@ def test_step_benchmark(device, tmp_path):
     timed = {step["optimizer"] for step in results["400 small tensors"]["steps"]}
     assert {"fused_lars", "timm", "timm foreach", "pytorch_optimizer", "torch SGD fused"} <= timed
     assert has_colour(matplotlib.image.imread(plot), "#0b6e99")
+
+
+def test_a_program_without_python_trains_what_python_saved(tmp_path):
+    # Beside what else a user's shell has, `make train-cpp` puts the environment's programs on the PATH.
+    folder = shutil.copytree(ROOT / "examples" / "train_without_python", tmp_path / "train_without_python")
+    done = subprocess.run(
+        ["make", "-C", str(folder)],
+        env={
+            **os.environ,
+            "PATH": os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses, accuracies = zip(*re.findall(r"loss ([\d.]+)  test accuracy ([\d.]+) %", done.stdout))
+    assert len(losses) == 7
+    assert float(losses[-1]) < 0.1 * float(losses[0])
+    assert float(accuracies[-1]) > 95
+    assert "trust_coefficient=0.02, states=3)" in done.stdout
+    assert (folder / "build" / "trained.pt").exists()
+    linked = subprocess.run(
+        ["ldd", str(folder / "build" / "train")], capture_output=True, text=True, check=True
+    )
+    assert "libfused_lars" in linked.stdout
+    assert "python" not in re.sub(r"=> \S+", "", linked.stdout)
