@@ -1,4 +1,4 @@
-"""Training without Python by torch.export: AOTInductor compiles the loss and its gradients, Lars makes the step."""
+"""Training without Python by torch.export: AOTInductor compiles loss and gradients, Lars makes the step."""
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ def test_a_program_trains_what_was_exported(tmp_path):
     names, params = zip(*((name, p.detach()) for name, p in model.named_parameters()))
 
     def loss(params, x, y):
-        return nn.functional.cross_entropy(torch.func.functional_call(model, dict(zip(names, params)), (x,)), y)
+        return nn.functional.cross_entropy(
+            torch.func.functional_call(model, dict(zip(names, params)), (x,)), y
+        )
 
     def gradients_and_loss(*inputs):
         gradients, value = torch.func.grad_and_value(loss)(inputs[:-2], *inputs[-2:])
@@ -41,4 +43,6 @@ def test_a_program_trains_what_was_exported(tmp_path):
     # Inductor's kernels round the gradients in their own way.
     for param, trained in zip(params, torch.load(tmp_path / "trained.pt", weights_only=False)):
         torch.testing.assert_close(trained, param, rtol=1e-4, atol=1e-5)
-    assert not [name for name in cpp_program.libraries(cpp_program.path("train_exported")) if "python" in name]
+    assert not [
+        name for name in cpp_program.libraries(cpp_program.path("train_exported")) if "python" in name
+    ]

@@ -1,4 +1,4 @@
-"""find_package(fused_lars), from an installed wheel and from a CMake install, by a project outside of the tree."""
+"""find_package(fused_lars) from an installed wheel and a CMake install, by a project outside of the tree."""
 
 import os
 import shutil
