@@ -1,0 +1,99 @@
+"""Sharded CUDA parameters, over gloo: two processes on the GPUs that there are, or on one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from distributed_harness import on_ranks
+from distributed_nets import all_ranks, batches, errors, make_net, make_optimizer
+from fused_lars import LARS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
+
+
+def mesh_of_all() -> DeviceMesh:
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    return init_device_mesh("cuda", (dist.get_world_size(),))
+
+
+def train(model, optimizer, data=(0, 1), scaler=None, steps=5) -> None:
+    device = next(model.parameters()).device if scaler is None else "cuda"
+    for x, y in batches(steps):
+        x, y = (t.chunk(data[1])[data[0]].to(device) for t in (x, y))
+        loss = (model(x) - y).square().mean()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+
+
+def assert_same(param, whole) -> None:
+    """Whether a parameter is this rank's rows of another one, or all of it where it is no DTensor."""
+    if isinstance(param, DTensor):
+        rows = whole.split(-(-len(whole) // dist.get_world_size()))
+        whole = rows[dist.get_rank()] if dist.get_rank() < len(rows) else whole[:0]
+        param = param.to_local()
+    torch.testing.assert_close(param.cpu(), whole, rtol=1e-6, atol=1e-6)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"lr": "tensor"}], ids=str)
+def test_trains_as_one_process(options, scaled):
+    mesh = mesh_of_all()
+    reference = make_net()
+    train(reference, make_optimizer(reference))
+    model = fully_shard(make_net().cuda(), mesh=mesh)
+    if "lr" in options:
+        options = {"lr": torch.ones((), device="cuda")}
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if scaled else None
+    train(model, make_optimizer(model, **options), all_ranks(), scaler)
+    assert all(p.to_local().is_cuda for p in model.parameters())
+    assert max(errors(model.cpu(), reference).values()) <= 1e-6
+
+
+@on_ranks(2)
+def test_shards_and_others():
+    """A plain parameter, an empty shard, a parameter without a gradient; found_inf on one rank only."""
+    mesh = mesh_of_all()
+    values = [torch.arange(30.0).view(5, 6), torch.ones(1, 3), torch.ones(4)]
+    params = [nn.Parameter(distribute_tensor(v.cuda(), mesh, [Shard(0)])) for v in values]
+    params.append(nn.Parameter(values[0].cuda()))
+    whole = [nn.Parameter(v.clone()) for v in [*values, values[0]]]
+    optimizers = [LARS(ps, lr=0.5, momentum=0.9, weight_decay=0.1) for ps in (params, whole)]
+    for found in (0.0, 1.0, 0.0):
+        optimizers[0].found_inf = torch.tensor(found * dist.get_rank(), device="cuda")
+        for i in (0, 1, 3):
+            params[i].grad, whole[i].grad = torch.ones_like(params[i]), torch.ones_like(whole[i])
+        optimizers[0].step()
+        if not found:
+            optimizers[1].step()
+        for p, q in zip(params, whole):
+            assert_same(p, q)
+
+
+@on_ranks(2)
+def test_offloaded_to_the_cpu():
+    """Where the process group has a back end for CUDA only, as with NCCL, the message goes by the GPU."""
+    mesh_of_all()
+    mesh = DeviceMesh.from_group(dist.new_group(backend="cuda:gloo"), "cuda")
+    reference = make_net()
+    train(reference, make_optimizer(reference))
+    model = fully_shard(make_net(), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizer = make_optimizer(model)
+    for x, y in batches(5):
+        x, y = (t.chunk(2)[dist.get_rank()].cuda() for t in (x, y))
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), reference.parameters()):
+        assert p.to_local().device.type == "cpu"
+        assert_same(p, q)
