@@ -90,6 +90,14 @@ void check_lr_tensor(const at::Tensor& lr, int64_t group, at::Device device) {
                    lr.device(), "; allowed: cpu or the parameters' device, ", device);
 }
 
+void check_workspace(const at::Tensor& workspace, at::Device device) {
+  if (!workspace.defined()) return;
+  FUSED_LARS_CHECK(workspace.scalar_type() == at::kInt && workspace.device() == device &&
+                       workspace.is_contiguous() && workspace.dim() == 1,
+                   InvalidTensor, "workspace is ", workspace.scalar_type(), workspace.sym_sizes(), " on ",
+                   workspace.device(), "; expected a contiguous vector of Int on ", device);
+}
+
 }  // namespace
 
 void check_and_assemble(const StepLists& lists, Step& step) {
@@ -164,15 +172,10 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   check_optional(step.trust_ratios, "trust_ratios", {count}, norm_dtype(device), device);
   check_scalar(step.grad_scale, "grad_scale", device);
   check_scalar(step.found_inf, "found_inf", device);
-  if (step.workspace.defined()) {
-    FUSED_LARS_CHECK(step.workspace.scalar_type() == at::kInt && step.workspace.device() == device &&
-                         step.workspace.is_contiguous() && step.workspace.dim() == 1,
-                     InvalidTensor, "workspace is ", step.workspace.scalar_type(), step.workspace.sym_sizes(),
-                     " on ", step.workspace.device(), "; expected a contiguous vector of Int on ", device);
-  }
+  check_workspace(step.workspace, device);
 }
 
-void check_norm_arguments(at::TensorList params, at::TensorList grads) {
+void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
   check_count("grads", grads.size(), params.size(), "parameter");
   for (size_t i = 0; i < params.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
@@ -184,6 +187,7 @@ void check_norm_arguments(at::TensorList params, at::TensorList grads) {
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
     check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);
   }
+  if (!params.empty()) check_workspace(workspace, params[0].device());
 }
 
 }  // namespace fused_lars

@@ -18,6 +18,6 @@ struct StepLists {
 void check_and_assemble(const StepLists& lists, Step& step);
 
 // The same for the norms op.
-void check_norm_arguments(at::TensorList params, at::TensorList grads);
+void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
 
 }  // namespace fused_lars

@@ -52,14 +52,14 @@ void run_dense(void (*backend)(const Step&), Step& step) {
   for (auto& [original, copy] : copy_back) original.copy_(copy);
 }
 
-at::Tensor run_dense(at::Tensor (*backend)(at::TensorList, at::TensorList), at::TensorList params,
-                     at::TensorList grads) {
+at::Tensor run_dense(NormBackend backend, at::TensorList params, at::TensorList grads,
+                     const at::Tensor& workspace) {
   std::vector<at::Tensor> dense_params, dense_grads;
   dense_params.reserve(params.size());
   dense_grads.reserve(grads.size());
   for (const auto& param : params) dense_params.push_back(dense(param));
   for (const auto& grad : grads) dense_grads.push_back(dense(grad));
-  return backend(dense_params, dense_grads);
+  return backend(dense_params, dense_grads, workspace);
 }
 
 void fold_host_lr(Step& step) {

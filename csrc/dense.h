@@ -9,8 +9,8 @@ namespace fused_lars {
 // channels_last, a gradient expanded from a sum, a parameter that is a column of a larger tensor) go
 // through a dense copy, and what the step wrote is copied back.
 void run_dense(void (*backend)(const Step&), Step& step);
-at::Tensor run_dense(at::Tensor (*backend)(at::TensorList, at::TensorList), at::TensorList params,
-                     at::TensorList grads);
+at::Tensor run_dense(NormBackend backend, at::TensorList params, at::TensorList grads,
+                     const at::Tensor& workspace);
 
 // Reads the lr tensors that live on the host into their groups, validates them and drops them from
 // step.lr_tensors. Never synchronises with a device other than the CPU backend's own need of the value.

@@ -123,19 +123,22 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentu
   if (!step.tensors.empty()) backend(step);
 }
 
-template <at::Tensor (*backend)(at::TensorList, at::TensorList)>
-at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads) {
-  check_norm_arguments(params, grads);
-  return run_dense(backend, params, grads);
+template <NormBackend backend>
+at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads,
+                            const std::optional<at::Tensor>& workspace) {
+  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
+  return run_dense(backend, params, grads, workspace.value_or(at::Tensor()));
 }
 
-at::Tensor squared_norms_reference_op(at::TensorList params, at::TensorList grads) {
-  check_norm_arguments(params, grads);
-  return squared_norms_reference(params, grads);
+at::Tensor squared_norms_reference_op(at::TensorList params, at::TensorList grads,
+                                      const std::optional<at::Tensor>& workspace) {
+  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
+  return squared_norms_reference(params, grads, {});
 }
 
-at::Tensor squared_norms_meta(at::TensorList params, at::TensorList grads) {
-  check_norm_arguments(params, grads);
+at::Tensor squared_norms_meta(at::TensorList params, at::TensorList grads,
+                              const std::optional<at::Tensor>& workspace) {
+  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
   const auto count = static_cast<int64_t>(params.size());
   return at::empty({count, 2}, params[0].options().dtype(norm_dtype(params[0].device())));
 }
@@ -165,7 +168,8 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
     library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
-  library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
+  library.def("squared_norms(Tensor[] params, Tensor[] grads, *, Tensor(a!)? workspace=None) -> Tensor",
+              {at::Tag::pt2_compliant_tag});
   library.def(
       "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float "
       "eps, "
@@ -233,8 +237,8 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
 at::Tensor squared_norms(at::TensorList params, at::TensorList grads) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fused_lars::squared_norms", "")
-                             .typed<at::Tensor(at::TensorList, at::TensorList)>();
-  return op.call(params, grads);
+                             .typed<decltype(squared_norms_meta)>();
+  return op.call(params, grads, std::nullopt);
 }
 
 }  // namespace fused_lars

@@ -92,7 +92,7 @@ void step_reference(const Step& step) {
   }
 }
 
-at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads) {
+at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads, const at::Tensor&) {
   std::vector<at::Tensor> norms;
   norms.reserve(2 * params.size());
   for (size_t i = 0; i < params.size(); ++i) {

@@ -55,8 +55,10 @@ void step_cpu(const Step& step);
 void step_cuda(const Step& step);
 
 // Squared norms of dense tensors, (n, 2) of norm_dtype: row i is |params[i]|^2, |grads[i]|^2.
-at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads);
-at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads);
-at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads);
+// `workspace` is the step's.
+using NormBackend = at::Tensor (*)(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
 
 }  // namespace fused_lars

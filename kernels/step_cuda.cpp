@@ -117,7 +117,7 @@ void step_cuda(const Step& step) {
   launch_all(buckets, rows, options, step.workspace, step.tensors[0].param);
 }
 
-at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads) {
+at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
   const auto count = static_cast<int64_t>(params.size());
   auto result = at::empty({count, 2}, params[0].options().dtype(at::kDouble));
   std::vector<Bucket> buckets;
@@ -144,7 +144,7 @@ at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads) {
   }
   LaunchOptions options;
   options.squared_norms = result.data_ptr<double>();
-  launch_all(buckets, {GroupRow{}}, options, at::Tensor(), result);
+  launch_all(buckets, {GroupRow{}}, options, workspace, result);
   return result;
 }
 

@@ -184,7 +184,7 @@ void step_cpu(const Step& step) {
   flush();
 }
 
-at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads) {
+at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads, const at::Tensor&) {
   auto result = at::empty({static_cast<int64_t>(params.size()), 2}, at::TensorOptions().dtype(at::kDouble));
   double* out = result.mutable_data_ptr<double>();
   Batch batch;

@@ -77,6 +77,7 @@ class Sharding:
         self._param_ids: list[int] = []
         self._dtensors: list[DTensor] = []
         self._rank_sets: dict[torch.device, list[_RankSet]] = {}
+        self._workspaces: dict[torch.device, Tensor] = {}
 
     @torch._disable_dynamo
     def calls(self, optimizer, found_inf: Tensor | None) -> dict[tuple[torch.device, bool], _Call]:
@@ -105,7 +106,7 @@ class Sharding:
                     call.add(group, lists, local)
                     norms.add(call, params, local, rank_set, optimizer.state)
                 norms.end(rank_set)
-            norms.reduce()
+            norms.reduce(self._workspaces[device])
         return {key: call for key, call in calls.items() if call.params}
 
     def bump_versions(self) -> None:
@@ -143,6 +144,8 @@ class Sharding:
         self._rank_sets = {}
         for key in sorted(rank_sets):
             self._rank_sets.setdefault(rank_sets[key].device, []).append(rank_sets[key])
+        # Resized by the op to what it needs.
+        self._workspaces = {d: torch.zeros(0, dtype=torch.int32, device=d) for d in self._rank_sets}
         self._param_ids = ids
 
 
@@ -195,11 +198,11 @@ class _Norms:
             self._messages.append((self._begin, len(self._weights), rank_set))
         self._begin = len(self._weights)
 
-    def reduce(self) -> None:
+    def reduce(self, workspace: Tensor) -> None:
         """Hands each call its squared norms, and the found_inf on which the ranks agree."""
         if not self._messages:
             return  # nothing is shared: the step takes its norms itself
-        norms = torch.ops.fused_lars.squared_norms(self._weights, self._grads)
+        norms = torch.ops.fused_lars.squared_norms(self._weights, self._grads, workspace=workspace)
         if self._without_grad:
             rows = torch.tensor(self._without_grad).to(norms.device, non_blocking=True)
             norms[:, 1].index_fill_(0, rows, 0.0)
