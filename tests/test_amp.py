@@ -37,8 +37,12 @@ def scaler_step(scaler, optimizer, params, step, overflow=False):
     set_grads(params, step, scaler.get_scale())
     if overflow:
         params[0].grad[5] = torch.inf
+    grads = [p.grad.clone() for p in params]
     scaler.step(optimizer)
     scaler.update()
+    # Unscaled inside the step: neither the scaler nor the optimizer writes gradients.
+    for p, grad in zip(params, grads):
+        assert same_bits(p.grad, grad)
 
 
 @pytest.mark.parametrize("master_weights", [False, True])
