@@ -1,0 +1,178 @@
+// The ops by their C++ functions, and the rule of one parameter.
+
+#include <limits>
+
+#include <torch/torch.h>
+
+#include "expected.h"
+#include "fused_lars/errors.h"
+#include "fused_lars/ops.h"
+#include "rule.h"
+
+namespace {
+
+using fused_lars::Hyperparameters;
+using fused_lars::StepOptions;
+
+const expected::Settings settings{
+    .lr = 0.5, .momentum = 0.9, .weight_decay = 0.01, .trust_coefficient = 0.02};
+const Hyperparameters group{.lr = 0.5, .momentum = 0.9, .weight_decay = 0.01, .trust_coefficient = 0.02};
+
+// A tensor that starts `offset` elements into its storage, where vector loads are not aligned.
+torch::Tensor misaligned(const torch::Tensor& values, int64_t offset) {
+  return torch::zeros({values.numel() + offset + 1}, values.options())
+      .narrow(0, offset, values.numel())
+      .view(values.sizes())
+      .copy_(values);
+}
+
+double squared_norm(const torch::Tensor& tensor) {
+  return tensor.to(torch::kDouble).square().sum().item<double>();
+}
+
+// Sizes around those of vectors and tiles, at every alignment: what AddressSanitizer should see.
+TEST(Step, EverySizeAndAlignment) {
+  std::vector<int64_t> sizes{4095, 4096, 4097, 8192, 12289};
+  for (int64_t size = 0; size <= 67; ++size) sizes.push_back(size);
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kHalf, torch::kBFloat16}) {
+    std::vector<torch::Tensor> params, grads, buffers;
+    std::vector<expected::Parameter> want;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      const int seed = static_cast<int>(i);
+      params.push_back(misaligned(random_tensor({sizes[i]}, seed, dtype), seed % 5));
+      grads.push_back(misaligned(random_tensor({sizes[i]}, seed + 1, dtype), seed % 3));
+      buffers.push_back(misaligned(torch::zeros({sizes[i]}, dtype), seed % 7));
+      want.emplace_back(params.back());
+    }
+    for (int step = 0; step < 2; ++step) {
+      fused_lars::step_(params, grads, buffers, {}, {}, {static_cast<int64_t>(params.size())}, {group});
+      for (size_t i = 0; i < want.size(); ++i) want[i].step(settings, grads[i]);
+    }
+    for (size_t i = 0; i < want.size(); ++i)
+      expect_close(params[i], want[i], c10::str(dtype, " of size ", sizes[i]));
+  }
+}
+
+TEST(Step, BitsDoNotDependOnTheNumberOfThreads) {
+  const int before = at::get_num_threads();
+  std::vector<torch::Tensor> results;
+  for (const int threads : {1, 2, 3}) {
+    at::set_num_threads(threads);
+    auto param = random_tensor({300, 1001}, 1), buffer = torch::zeros_like(param);
+    fused_lars::step_({param}, {random_tensor({300, 1001}, 2)}, {buffer}, {}, {}, {1}, {group});
+    results.push_back(param);
+  }
+  at::set_num_threads(before);
+  EXPECT_TRUE(same_bits(results[0], results[1]));
+  EXPECT_TRUE(same_bits(results[0], results[2]));
+}
+
+TEST(Step, OptionsScaleSkipAndReport) {
+  const auto start = random_tensor({40}, 1), grad = random_tensor({40}, 2);
+  const auto step = [&](const torch::Tensor& gradient, const StepOptions& options) {
+    auto param = start.clone(), buffer = torch::zeros_like(param);
+    fused_lars::step_({param}, {gradient}, {buffer}, {}, {}, {1}, {group}, options);
+    return param;
+  };
+  const auto plain = step(grad, {});
+  // A power of two scales without rounding.
+  EXPECT_TRUE(same_bits(plain, step(grad * 4, {.grad_scale = torch::tensor(4.f)})));
+  EXPECT_TRUE(same_bits(start, step(grad * NAN, {.found_inf = torch::tensor(2.f)})));
+  EXPECT_TRUE(same_bits(plain, step(grad, {.found_inf = torch::tensor(0.f)})));
+  EXPECT_TRUE(step(grad * NAN, {}).isnan().all().item<bool>());
+
+  const auto ratios = torch::zeros({1}, torch::kDouble);
+  step(grad, {.trust_ratios = ratios});
+  const double norm = std::sqrt(squared_norm(start));
+  EXPECT_NEAR(ratios.item<double>(), 0.02 * norm / (std::sqrt(squared_norm(grad)) + 0.01 * norm), 1e-8);
+
+  // Norms that are given are taken, not computed.
+  const auto given = torch::tensor({{4.0, 9.0}}, torch::kDouble);
+  step(grad, {.squared_norms = given, .trust_ratios = ratios});
+  EXPECT_NEAR(ratios.item<double>(), 0.02 * 2 / (3 + 0.01 * 2), 1e-15);
+}
+
+TEST(Step, GroupsMastersAndStepsGoWhereTheyBelong) {
+  auto half = random_tensor({8}, 1, torch::kHalf), single = random_tensor({8}, 2),
+       plain = random_tensor({8}, 3);
+  auto master = half.to(torch::kFloat), half_buffer = torch::zeros({8}), single_buffer = torch::zeros({8});
+  std::vector<torch::Tensor> steps{torch::zeros({}), torch::zeros({})};
+  const Hyperparameters damped{
+      .lr = 0.5, .momentum = 0.9, .dampening = 0.5, .classic_momentum = false, .master_weights = true};
+  const expected::Settings damped_settings{
+      .lr = 0.5, .momentum = 0.9, .dampening = 0.5, .classic_momentum = false};
+  expected::Parameter want_half(half), want_single(single), want_plain(plain);
+  for (int step = 0; step < 3; ++step) {
+    const auto half_grad = random_tensor({8}, 10 + step, torch::kHalf), grad = random_tensor({8}, 20 + step);
+    fused_lars::step_({half, single, plain}, {half_grad, grad, grad}, {half_buffer, single_buffer}, {master},
+                      steps, {2, 0, 1}, {damped, {}, {.lr = 0.1}});
+    want_half.step(damped_settings, half_grad);
+    want_single.step(damped_settings, grad);
+    want_plain.step({.lr = 0.1}, grad);
+  }
+  expect_close(master, want_half);
+  EXPECT_TRUE(same_bits(half, master.to(torch::kHalf)));
+  expect_close(single, want_single);
+  expect_close(plain, want_plain);
+  EXPECT_EQ(steps[0].item<float>(), 3);
+}
+
+TEST(Step, FaultsAreNamedByListAndIndex) {
+  auto a = torch::ones({2}), b = torch::ones({3});
+  const auto grad = torch::ones({2}), buffer = torch::zeros({2});
+  const auto step = [&](at::TensorList grads, at::TensorList buffers, std::vector<int64_t> sizes = {2},
+                        std::vector<Hyperparameters> groups = {group}) {
+    fused_lars::step_({a, b}, grads, buffers, {}, {}, sizes, groups);
+  };
+  EXPECT_EQ(MESSAGE_OF(step({grad, grad}, {buffer, buffer}), fused_lars::ShapeMismatch),
+            "grads[1] has shape [2]; expected the shape of its parameter, [3]");
+  EXPECT_CONTAINS(MESSAGE_OF(step({grad}, {buffer, buffer}), fused_lars::InvalidTensor), "grads has 1");
+  EXPECT_CONTAINS(MESSAGE_OF(step({grad, b}, {buffer}), fused_lars::InvalidTensor), "momentum_buffers has 1");
+  EXPECT_CONTAINS(MESSAGE_OF(step({grad, b}, {buffer, buffer}), fused_lars::ShapeMismatch),
+                  "momentum_buffers[1]");
+  MESSAGE_OF(step({grad, b}, {buffer, b}, {1}), fused_lars::InvalidTensor);
+  EXPECT_CONTAINS(
+      MESSAGE_OF(step({grad, b}, {buffer, b}, {1, 1}, {group, {.lr = -1}}), fused_lars::InvalidLearningRate),
+      "in group 1");
+  EXPECT_TRUE(same_bits(a, torch::ones({2})));
+}
+
+TEST(SquaredNorms, OfEveryDtypeInDouble) {
+  std::vector<torch::Tensor> params, grads;
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kHalf, torch::kBFloat16}) {
+    params.push_back(random_tensor({70, 90}, 1, dtype));
+    grads.push_back(random_tensor({70, 90}, 2, dtype) * 100);
+  }
+  params.push_back(torch::empty({0}));
+  grads.push_back(torch::empty({0}));
+  const auto norms = fused_lars::squared_norms(params, grads);
+  EXPECT_EQ(norms.scalar_type(), torch::kDouble);
+  for (int64_t i = 0; i < norms.size(0); ++i) {
+    EXPECT_NEAR(norms[i][0].item<double>(), squared_norm(params[i]), 1e-5 * squared_norm(params[i])) << i;
+    EXPECT_NEAR(norms[i][1].item<double>(), squared_norm(grads[i]), 1e-5 * squared_norm(grads[i])) << i;
+  }
+}
+
+TEST(Rule, TrustRatioAtItsEdges) {
+  using fused_lars::trust_ratio;
+  const double nan = std::nan(""), infinity = std::numeric_limits<double>::infinity();
+  const Hyperparameters h{.weight_decay = 0.5, .trust_coefficient = 0.1, .eps = 1};
+  EXPECT_DOUBLE_EQ(trust_ratio(h, 1, 4, 9, 1), 0.1 * 2 / (3 + 0.5 * 2 + 1));
+  EXPECT_DOUBLE_EQ(trust_ratio(h, 1, 4, 9, -3), 0.1 * 2 / (1 + 0.5 * 2 + 1));
+  for (const double not_a_norm : {0.0, nan}) {
+    EXPECT_EQ(trust_ratio(h, 1, not_a_norm, 9, 1), 1);
+    EXPECT_EQ(trust_ratio(h, 1, 4, not_a_norm, 1), 1);
+  }
+  EXPECT_EQ(trust_ratio(h, 1, 4, infinity, 1), 0);
+  auto off = h;
+  off.layer_adaptation = false;
+  EXPECT_EQ(trust_ratio(off, 1, 4, 9, 1), 1);
+
+  auto clipped = h;
+  clipped.trust_clip = true;  // q is 0.04 before
+  EXPECT_DOUBLE_EQ(trust_ratio(clipped, 0.4, 4, 9, 1), 0.1);
+  EXPECT_EQ(trust_ratio(clipped, 0.01, 4, 9, 1), 1);
+  EXPECT_EQ(trust_ratio(clipped, 0, 4, 9, 1), 1);
+}
+
+}  // namespace
