@@ -201,3 +201,17 @@ def test_pickled_state():
         train(model, optimizer, data, steps=1, first=1)
         states.append([full(p.detach()) for p in model.parameters()])
     assert all(map(torch.equal, *states))
+
+
+@on_ranks(2)
+def test_compiled_step():
+    """torch.compile leaves the step on DTensors to eager mode."""
+    reference, (model, data) = make_net(), nets.sharded(make_net())
+    train(reference, make_optimizer(reference), steps=3)
+    optimizer = make_optimizer(model)
+    step = torch.compile(optimizer.step, backend="eager")
+    for x, y in batches(3):
+        loss_of(model, x, y, data).backward()
+        step()
+        optimizer.zero_grad()
+    assert max(nets.errors(model, reference).values()) <= 1e-6

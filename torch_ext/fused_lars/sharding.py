@@ -172,7 +172,10 @@ class _Norms:
             weights = [next(masters) if w.dtype in _HALF else w for w in weights]
         runs = self._runs[call]
         done = 0
-        for has_grad, members in groupby(params, lambda p: p.grad is not None):
+        all_have = len(weights) == len(params)
+        for has_grad, members in (
+            [(True, params)] if all_have else groupby(params, lambda p: p.grad is not None)
+        ):
             members = list(members)
             begin = len(self._weights)
             if has_grad:
