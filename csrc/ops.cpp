@@ -123,22 +123,25 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentu
   if (!step.tensors.empty()) backend(step);
 }
 
+// The norms op, for a backend that is given checked arguments; `workspace` may be undefined.
 template <NormBackend backend>
-at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads,
-                            const std::optional<at::Tensor>& workspace) {
-  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
-  return run_dense(backend, params, grads, workspace.value_or(at::Tensor()));
+at::Tensor squared_norms_workspace_op(at::TensorList params, at::TensorList grads,
+                                      const at::Tensor& workspace) {
+  check_norm_arguments(params, grads, workspace);
+  return backend(params, grads, workspace);
 }
 
-at::Tensor squared_norms_reference_op(at::TensorList params, at::TensorList grads,
-                                      const std::optional<at::Tensor>& workspace) {
-  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
-  return squared_norms_reference(params, grads, {});
+template <NormBackend backend>
+at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads) {
+  return squared_norms_workspace_op<backend>(params, grads, {});
 }
 
-at::Tensor squared_norms_meta(at::TensorList params, at::TensorList grads,
-                              const std::optional<at::Tensor>& workspace) {
-  check_norm_arguments(params, grads, workspace.value_or(at::Tensor()));
+template <NormBackend kernel>
+at::Tensor fused_norm_backend(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
+  return run_dense(kernel, params, grads, workspace);
+}
+
+at::Tensor meta_norm_backend(at::TensorList params, at::TensorList, const at::Tensor&) {
   const auto count = static_cast<int64_t>(params.size());
   return at::empty({count, 2}, params[0].options().dtype(norm_dtype(params[0].device())));
 }
@@ -161,6 +164,12 @@ void register_step(torch::Library& library, const std::string& name) {
   library.impl((name + ".tensor_lr").c_str(), step_op<backend, at::TensorList>);
 }
 
+template <NormBackend backend>
+void register_norms(torch::Library& library) {
+  library.impl("squared_norms", squared_norms_op<backend>);
+  library.impl("squared_norms.workspace", squared_norms_workspace_op<backend>);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
@@ -168,7 +177,9 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
     library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
-  library.def("squared_norms(Tensor[] params, Tensor[] grads, *, Tensor(a!)? workspace=None) -> Tensor",
+  // Two overloads, since Inductor has no code for an op that may write to an argument and is given None for it.
+  library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
+  library.def("squared_norms.workspace(Tensor[] params, Tensor[] grads, *, Tensor(a!) workspace) -> Tensor",
               {at::Tag::pt2_compliant_tag});
   library.def(
       "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float "
@@ -179,25 +190,25 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
 
 TORCH_LIBRARY_IMPL(fused_lars, CPU, library) {
   register_step<fused_backend<step_cpu>>(library, "step_");
-  library.impl("squared_norms", squared_norms_op<squared_norms_cpu>);
+  register_norms<fused_norm_backend<squared_norms_cpu>>(library);
 }
 
 #ifdef FUSED_LARS_WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_lars, CUDA, library) {
   register_step<fused_backend<step_cuda>>(library, "step_");
-  library.impl("squared_norms", squared_norms_op<squared_norms_cuda>);
+  register_norms<fused_norm_backend<squared_norms_cuda>>(library);
 }
 #endif
 
 TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
   register_step<meta_backend>(library, "step_");
-  library.impl("squared_norms", squared_norms_meta);
+  register_norms<meta_norm_backend>(library);
 }
 
 // Any other device.
 TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
   register_step<reference_backend>(library, "step_");
-  library.impl("squared_norms", squared_norms_reference_op);
+  register_norms<squared_norms_reference>(library);
 }
 
 // The reference by its own name, which autograd sees through.
@@ -237,8 +248,8 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
 at::Tensor squared_norms(at::TensorList params, at::TensorList grads) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fused_lars::squared_norms", "")
-                             .typed<decltype(squared_norms_meta)>();
-  return op.call(params, grads, std::nullopt);
+                             .typed<decltype(squared_norms_op<meta_norm_backend>)>();
+  return op.call(params, grads);
 }
 
 }  // namespace fused_lars

@@ -84,7 +84,7 @@ def every_op(device):
     params, grads, *_ = step_arguments(device)
     yield OPS.squared_norms.default, (params, grads), {}
     workspace = optional_arguments(device)["workspace"]
-    yield OPS.squared_norms.default, (params, grads), {"workspace": workspace}
+    yield OPS.squared_norms.workspace, (params, grads), {"workspace": workspace}
     yield OPS.check_hyperparameters.default, (1.0, 0.9, 0.0, 0.001, 0.0, 0.0, False, True), {}
 
 
