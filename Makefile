@@ -71,6 +71,7 @@ clean:
 # ---------------------------------------------------------------- set-up
 
 $(VENV)/bin/python:
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON3=...")'
 	$(PYTHON3) -m venv $(VENV)
 
 # torch and a group of pyproject.toml. What is there already costs pip seconds, and the stamp spares those.
