@@ -172,10 +172,11 @@ class _Norms:
             weights = [next(masters) if w.dtype in _HALF else w for w in weights]
         runs = self._runs[call]
         done = 0
-        all_have = len(weights) == len(params)
-        for has_grad, members in (
-            [(True, params)] if all_have else groupby(params, lambda p: p.grad is not None)
-        ):
+        # Most often all have one, and need not be asked again.
+        stretches = [(True, params)]
+        if len(weights) < len(params):
+            stretches = groupby(params, lambda p: p.grad is not None)
+        for has_grad, members in stretches:
             members = list(members)
             begin = len(self._weights)
             if has_grad:
