@@ -177,7 +177,8 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
     library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
-  // Two overloads, since Inductor has no code for an op that may write to an argument and is given None for it.
+  // Two overloads, since Inductor has no code for an op that may write to an argument and is given None for
+  // it.
   library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
   library.def("squared_norms.workspace(Tensor[] params, Tensor[] grads, *, Tensor(a!) workspace) -> Tensor",
               {at::Tag::pt2_compliant_tag});

@@ -118,24 +118,34 @@ Workspace lay_out(void* base, const Order& order) {
   return workspace;
 }
 
-// How far norms run ahead, and which tensors are updated backwards, by the L2 that there is. A quarter of it
-// is left for what is in flight.
+int64_t tile_bytes(const Kernel& kernel) {
+  return int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
+}
+
+// As many blocks as the kernel is bound for, unless what they have in flight takes more than a fifth of the
+// L2; but two a multiprocessor, fewer do not keep the memory busy.
+int64_t resident_blocks(const Kernel& kernel, const LaunchOptions& options) {
+  const int64_t in_l2 = options.l2_bytes / 5 / (options.multiprocessors * tile_bytes(kernel));
+  return options.multiprocessors * std::clamp<int64_t>(in_l2, 2, kernel.blocks_per_multiprocessor);
+}
+
+// How far norms run ahead, and which tensors are updated backwards, by the L2 that there is beside what is in
+// flight.
 void set_window(Order& order, const Kernel& kernel, const Tiling& tiling,
                 std::span<const LaunchTensor> tensors, const LaunchOptions& options) {
   const int64_t window = options.l2_bytes / 4 * 3;
-  const int64_t tile_bytes = int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
   // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The
   // norms that are given were taken just before, in order.
-  order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes);
+  order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes(kernel));
 
   // Between the norms and the update of a tile lie at most its tensor and the distance. A distance of all
   // resident blocks lets no update wait; what the largest tensor leaves of the window may not allow that.
   int64_t largest = 0;
   for (const auto& tensor : tensors) {
     const uint32_t norm_items = tiling.items(tensor).norms;
-    if (norm_items <= order.forward_tiles) largest = std::max(largest, norm_items * tile_bytes);
+    if (norm_items <= order.forward_tiles) largest = std::max(largest, norm_items * tile_bytes(kernel));
   }
-  const int64_t resident = int64_t{kernel.blocks_per_multiprocessor} * options.multiprocessors;
+  const int64_t resident = resident_blocks(kernel, options);
   const int64_t distance = (window - largest) / 3 / kernel.norm_item_bytes;
   order.distance = static_cast<uint32_t>(std::clamp(distance, resident / 6, resident));
 }
@@ -157,7 +167,7 @@ int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& group
 cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
                    void* workspace, cudaStream_t stream) {
   const Kernel& kernel = *find_kernel(bucket.types);
-  const uint32_t resident = kernel.blocks_per_multiprocessor * static_cast<uint32_t>(options.multiprocessors);
+  const auto resident = static_cast<uint32_t>(resident_blocks(kernel, options));
   Parameters p;
   p.grad_scale = options.grad_scale;
   p.found_inf = options.found_inf;

@@ -6,11 +6,12 @@
 // adds the tensor's sums in tile order and publishes the trust ratio, for which the tensor's update items
 // wait. A tensor of one tile has one item that does both from registers.
 //
-// Each block draws its next ticket and looks up the item while the present one's loads are under way, and
-// passes one barrier an item. Whatever one item hands to the next through shared memory is therefore kept
-// twice, in turns: a thread that writes turn t has passed the barrier of turn t - 1, before which all threads
-// were done with what turn t - 2 left there.
+// Each block draws its next ticket and looks up the item while the present one's loads are under way. What
+// threads hand to each other through shared memory is kept twice, in turns, since a turn may pass no more
+// than one barrier: a thread that writes for turn t has passed the barrier of turn t - 1, and no thread
+// passes that one before it is done with turn t - 2.
 
+#include <cub/warp/warp_reduce.cuh>
 #include <cuda/atomic>
 
 #include "parameters.h"
@@ -18,7 +19,7 @@
 
 namespace fused_lars {
 
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kBlocksPerMultiprocessor = 4;
 
 template <typename T>
 using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
@@ -35,49 +36,50 @@ template <typename Types>
 struct Work {
   Tile<Types> tile;
   WorkItem item;
-  uint32_t tiles;  // of the tensor
-  bool takes_norms;
-  bool is_last;  // no item: the block is done
+  uint32_t tiles;    // of the tensor
+  bool takes_norms;  // as every norm item does
+  bool is_none;      // the block is done
 };
 
 __device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
   return DeviceAtomic<uint32_t>(*p.workspace.tickets).fetch_add(1, cuda::memory_order_relaxed);
 }
 
+// Writes into shared memory at once: a Work by value, partly undefined where there is none, would hold
+// registers from one turn to the next.
 template <typename Types>
-__device__ __forceinline__ Work<Types> look_up(const Parameters& p, uint32_t ticket) {
-  Work<Types> work;
-  work.is_last = ticket >= ticket_count(p.order);
-  if (work.is_last) return work;
-  work.item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); });
-  const uint32_t tensor = work.item.tensor;
-  const TensorRow row = p.tensor(tensor);
-  const ItemCounts begin = p.items_before(tensor), end = p.items_before(tensor + 1);
+__device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, Work<Types>& work) {
+  work.is_none = ticket >= ticket_count(p.order);
+  if (ticket >= ticket_count(p.order)) return;
+  const WorkItem item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); });
+  const TensorRow row = p.tensor(item.tensor);
+  const ItemCounts begin = p.items_before(item.tensor), end = p.items_before(item.tensor + 1);
   const bool has_norm_items = end.norms != begin.norms;
-  work.tiles = has_norm_items ? end.norms - begin.norms : end.updates - begin.updates;
+  const uint32_t tiles = has_norm_items ? end.norms - begin.norms : end.updates - begin.updates;
+  work.item = item;
+  work.tiles = tiles;
   // A tensor whose norms are needed and which has no norm items has one tile.
-  work.takes_norms = work.item.is_update ? !has_norm_items && p.given_squared_norms == nullptr &&
-                                               p.group(row.group).hyperparameters.layer_adaptation
-                                         : true;
+  work.takes_norms = !item.is_update || (!has_norm_items && p.given_squared_norms == nullptr &&
+                                         p.group(row.group).hyperparameters.layer_adaptation);
 
+  const uint64_t offset = static_cast<uint64_t>(item.tile) * Types::kTile;
+  bool aligned = true;
+  const auto locate = [&](auto* tensor) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % (sizeof(*tensor) * Types::kVector) == 0;
+    return tensor + offset;
+  };
   auto& tile = work.tile;
-  const uint64_t offset = static_cast<uint64_t>(work.item.tile) * Types::kTile;
-  tile.weight = static_cast<typename Types::Weight*>(row.weight) + offset;
-  tile.grad = static_cast<const typename Types::Grad*>(row.grad) + offset;
+  tile.weight = locate(static_cast<typename Types::Weight*>(row.weight));
+  tile.grad = locate(static_cast<const typename Types::Grad*>(row.grad));
   tile.momentum_buffer = nullptr;
   if (row.momentum_buffer != nullptr) {
-    tile.momentum_buffer = static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer) + offset;
+    tile.momentum_buffer = locate(static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer));
   }
-  if constexpr (Types::kHasMaster)
-    tile.param = p.entry<typename Types::Param*>(p.params_of_masters, tensor) + offset;
-  tile.count = work.item.tile + 1 == work.tiles ? row.last_tile : Types::kTile;
-  const auto misaligned = [](const auto* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % (sizeof(*pointer) * Types::kVector) != 0;
-  };
-  bool scalar = misaligned(tile.weight) || misaligned(tile.grad) || misaligned(tile.momentum_buffer);
-  if constexpr (Types::kHasMaster) scalar = scalar || misaligned(tile.param);
-  tile.vectors = scalar ? 0 : tile.count;
-  return work;
+  if constexpr (Types::kHasMaster) {
+    tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor));
+  }
+  tile.count = item.tile + 1 == tiles ? row.last_tile : Types::kTile;
+  tile.vectors = aligned ? tile.count : 0;
 }
 
 __device__ __forceinline__ double learning_rate(const GroupRow& group) {
@@ -148,17 +150,16 @@ __device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkI
   if (__shfl_sync(~0u, done, 0) != tiles) return;
   __syncwarp();
 
-  // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed tree.
+  // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed order.
   Sums<double> total = {0.0, 0.0};
   for (uint32_t tile = lane; tile < tiles; tile += 32) {
     total.weight += partials[tile].weight;
     total.grad += partials[tile].grad;
     partials[tile] = {};
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    total.weight += __shfl_down_sync(~0u, total.weight, distance);
-    total.grad += __shfl_down_sync(~0u, total.grad, distance);
-  }
+  typename cub::WarpReduce<double>::TempStorage storage;  // empty: the lanes shuffle
+  total = {cub::WarpReduce<double>(storage).Sum(total.weight),
+           cub::WarpReduce<double>(storage).Sum(total.grad)};
   if (lane != 0) return;
   counter = 0;
   if (p.squared_norms != nullptr) {
@@ -192,8 +193,8 @@ __device__ __forceinline__ void leave(const Parameters& p) {
 template <typename Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     step_kernel(const __grid_constant__ Parameters p) {
-  if (p.found_inf != nullptr && *p.found_inf != 0.0f)
-    return;  // any value but 0: ranks may have been added up
+  // Any value but 0: it may be a sum over devices.
+  if (p.found_inf != nullptr && *p.found_inf != 0.0f) return;
 
   using Agent = TileAgent<Types>;
   using Compute = typename Types::Compute;
@@ -201,14 +202,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ Coefficients<Compute> shared_coefficients[2];
   __shared__ typename Agent::Storage storage[2];
 
-  if (threadIdx.x == 0) {
-    shared_work[0] = look_up<Types>(p, draw_ticket(p));
-  }
+  if (threadIdx.x == 0) look_up(p, draw_ticket(p), shared_work[0]);
   __syncthreads();
 
   for (uint32_t turn = 0;; turn ^= 1) {
+    if (shared_work[turn].is_none) break;
     const Work<Types> work = shared_work[turn];
-    if (work.is_last) break;
     Agent agent;
     if (work.item.is_update) {
       agent.template load<true>(work.tile);
@@ -223,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                                         : trust_ratio_without_norms(p, work.item.tensor);
         shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
       }
-      shared_work[turn ^ 1] = look_up<Types>(p, draw_ticket(p));
+      // Only after the wait: a block that waits must not hold a norm item that others wait for.
+      look_up(p, draw_ticket(p), shared_work[turn ^ 1]);
     }
     if (work.takes_norms) {
       const Sums<Compute> sums = agent.squared_sums(storage[turn]);
