@@ -1,6 +1,8 @@
-"""Prints digests of what the CPU step makes of fixed inputs, one for each number of threads in the arguments.
+"""Prints digests of what the step makes of fixed inputs, one for each number of threads.
 
-Run in processes of its own by test_same_bits.py, with ATEN_CPU_CAPABILITY set.
+    python digest.py DEVICE THREADS...
+
+In processes of its own: an instruction set (ATEN_CPU_CAPABILITY) and a simulated GPU are chosen once.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from test_rule import DTYPES, OPTIONS
 LARGE = Layouts(Layout((700_001,)))
 
 
-def digest() -> str:
+def digest(device: str) -> str:
     generator = torch.Generator().manual_seed(0)
     leaves = []
     for options in (OPTIONS["everything classic"], OPTIONS["everything torch"], OPTIONS["plain"]):
@@ -29,22 +31,22 @@ def digest() -> str:
                 LAYOUTS["rows with gaps"],
                 LAYOUTS["0-dim"],
             ):
-                leaves.append(make_leaf("", layouts, dtypes, rule, "cpu", generator))
+                leaves.append(make_leaf("", layouts, dtypes, rule, device, generator))
         for name in ("fp32", "bf16, master", "fp64"):
             rule = Rule(**options, master_weights=DTYPES[name].master)
-            leaves.append(make_leaf("", LARGE, DTYPES[name], rule, "cpu", generator))
-    sha = hashlib.sha256(bits(call_op(leaves)).numpy().tobytes())
+            leaves.append(make_leaf("", LARGE, DTYPES[name], rule, device, generator))
+    sha = hashlib.sha256(bits(call_op(leaves)).cpu().numpy().tobytes())
     for leaf in leaves:
         for tensor in leaf.tensors().values():
-            sha.update(bits(tensor).numpy().tobytes())
+            sha.update(bits(tensor).cpu().numpy().tobytes())
     norms = torch.ops.fused_lars.squared_norms(
         [leaf.weight for leaf in leaves], [leaf.grad for leaf in leaves]
     )
-    sha.update(bits(norms).numpy().tobytes())
+    sha.update(bits(norms).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
 if __name__ == "__main__":
-    for threads in map(int, sys.argv[1:]):
+    for threads in map(int, sys.argv[2:]):
         torch.set_num_threads(threads)
-        print(digest())
+        print(digest(sys.argv[1]))

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def digests(capability: str, threads: list[int]) -> list[str]:
     path = os.pathsep.join([str(HERE), *sys.path])
     environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability, PYTHONPATH=path)
-    command = [sys.executable, str(HERE / "digest.py"), *map(str, threads)]
+    command = [sys.executable, str(HERE / "digest.py"), "cpu", *map(str, threads)]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
 
 

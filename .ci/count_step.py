@@ -1,0 +1,73 @@
+"""Counts what a CUDA step does on models' shapes, under the simulator of .ci/run and with its L2.
+
+Exits 1 where the second of two steps takes more launches than its parameters need, any host synchronisation,
+copy or memset, more DRAM bytes a parameter than the limit (dirty lines at the end included), or as many
+instructions a parameter as apex's kernels, 38.
+"""
+
+import sys
+
+import cudasim_torch
+import torch
+import torchvision
+
+import fused_lars
+
+MASTERS = "bf16, fp32 masters"
+# With an L2 of 40 MB and more, and with less: there the norms' reads are paid for, as by other kernels.
+LIMITS = {"fp32": (20.6, 28.5), "bf16": (10.5, 14.3), MASTERS: (21.0, 26.5)}
+INSTRUCTIONS = 38.0
+NOTHING_OF = ("host_syncs", "memsets", "memcpy_h2d", "memcpy_d2h", "memcpy_d2d")
+
+
+def shapes_of(make):
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in make().parameters()]
+
+
+def count(shapes, types):
+    torch.manual_seed(0)
+    dtype = torch.float32 if types == "fp32" else torch.bfloat16
+    params = [torch.nn.Parameter((0.05 * torch.randn(s)).to(dtype).cuda()) for s in shapes]
+    groups = [{"params": [p for p in params if p.ndim > 1]}]
+    if rest := [p for p in params if p.ndim <= 1]:
+        groups.append({"params": rest, "weight_decay": 0.0, "layer_adaptation": False})
+    optimizer = fused_lars.LARS(
+        groups, lr=0.5, momentum=0.9, weight_decay=1e-4, master_weights=types == MASTERS
+    )
+    for _ in range(2):  # the first makes state
+        for p in params:
+            p.grad = (1e-3 * torch.randn(p.shape)).to(dtype).cuda()
+        cudasim_torch.l2_flush()
+        cudasim_torch.reset_stats()
+        optimizer.step()
+        stats = cudasim_torch.stats()
+    return stats["api"], stats["totals"]
+
+
+def main() -> None:
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size / 2**20
+    resnet, vit = (shapes_of(make) for make in (torchvision.models.resnet50, torchvision.models.vit_b_16))
+    cases = [("ResNet-50", resnet, types, 1) for types in LIMITS]
+    cases += [("ViT-B/16", vit, "fp32", 1), ("3,000 tensors of 2,000", [(40, 50)] * 3000, "fp32", 4)]
+    failed = []
+    for name, shapes, types, launches in cases:
+        api, totals = count(shapes, types)
+        n = sum(torch.Size(shape).numel() for shape in shapes)
+        dram = (totals["dram_read_bytes"] + totals["dram_write_bytes"] + totals["l2_dirty_bytes"]) / n
+        instructions = totals["thread_instructions"] / n
+        limit = LIMITS[types][l2 < 40]
+        others = {key: api[key] for key in NOTHING_OF if api[key]}
+        if totals["launches"] > launches or dram > limit or instructions >= INSTRUCTIONS or others:
+            failed.append(f"{name}, {types}")
+        print(
+            f"L2 {l2:2.0f} MB  {name:22}  {types:18}  launches {totals['launches']} (limit {launches})  "
+            f"DRAM B/param {dram:.2f} (limit {limit})  instructions/param {instructions:.1f}  {others}",
+            flush=True,
+        )
+    if failed:
+        sys.exit(f"over the limit: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
