@@ -35,7 +35,6 @@ ADD, COPY = "x.add_(y)", "x.copy_(y)"
 # A rate so small that thousands of steps with the same gradients leave the weights what they are.
 OPTIONS = {"lr": 1e-6, "momentum": 0.9}
 WEIGHT_DECAY = 1e-4
-COLOURS = {"fused_lars": "#0b6e99", "torch": "#bdbdbd"}
 
 # ---------------------------------------------------------------- what is timed
 

@@ -26,6 +26,7 @@ import json
 import math
 import pathlib
 import statistics
+import sys
 
 import sklearn.datasets
 import torch
@@ -45,7 +46,7 @@ WEIGHT_DECAY = 1e-4
 
 # The base rate is for a batch of 32 and comes from --tune; it grows with this power of the batch size.
 BASE_BATCH_SIZE = 32
-BASE_RATE = {"LARS": 0.25, "SGD": 0.03125}
+BASE_RATE = {"LARS": 0.5, "SGD": 0.03125}
 SCALING_POWER = {"LARS": 0.5, "SGD": 1.0}
 RATES_TO_TRY = {"LARS": [2.0**k for k in range(-6, 2)], "SGD": [2.0**k for k in range(-9, -1)]}
 COLOURS = {"LARS": "#0b6e99", "SGD": "#d9730d"}
@@ -263,7 +264,8 @@ def main():
     first = not dist.is_initialized() or dist.get_rank() == 0
     runs = FOLDS * sum(map(len, RATES_TO_TRY.values())) if options.tune else options.seeds * len(BASE_RATE)
     total = options.epochs * runs * len(options.batch_sizes)
-    with tqdm(total=total, unit="epoch", disable=not first) as bar:
+    every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log needs fewer lines
+    with tqdm(total=total, unit="epoch", disable=not first, mininterval=every) as bar:
         rows = tune(options, bar) if options.tune else compare(options, bar)
     if first and options.tune:
         print(table_of_rates(rows))

@@ -18,6 +18,7 @@ import csv
 import math
 import os
 import pathlib
+import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -264,7 +265,8 @@ def train(options, device: torch.device) -> Run:
         log = Log(options.output / "log.csv", ["epoch", "loss", "lr", "accuracy"], run.step)
         ratio_log = Log(options.output / "trust_ratios.csv", [*adapted], run.step)
     model.train()
-    with tqdm(total=last, initial=run.step, unit="step", disable=not first_rank) as bar:
+    every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log needs fewer lines
+    with tqdm(total=last, initial=run.step, unit="step", disable=not first_rank, mininterval=every) as bar:
         while run.step < last:
             lr = optimizer.param_groups[0]["lr"]
             loss = train_step(run, loader, options, device)
