@@ -176,25 +176,34 @@ def test_one_large_tensor_cuda():
     assert not same_bits(params[0], weight)
 
 
-def test_an_illegal_address_surfaces_as_torch_reports_it_cuda():
+@pytest.mark.parametrize("fault", ["behind an allocation", "no pointer of the device"])
+def test_a_fault_in_training_surfaces_as_torch_reports_it_cuda(fault):
     """In a process of its own: a real device stays unusable afterwards."""
     program = """
+import sys
 import torch
 import fused_lars
 
-class Beyond:  # claims 4 GiB behind 4 KiB
-    base = torch.zeros(1024, device="cuda")
-    data = (base.data_ptr(), False)
-    __cuda_array_interface__ = {"shape": (1 << 30,), "typestr": "<f4", "data": data, "version": 3}
+def train(steps):
+    for _ in range(steps):
+        param.grad = param.detach()
+        optimizer.step()
 
-param = torch.nn.Parameter(torch.as_tensor(Beyond(), device="cuda"))
-param.grad = param.detach()
+param = torch.nn.Parameter(torch.ones(1024, device="cuda"))
+optimizer = fused_lars.LARS([param], lr=0.5)
+train(2)
+assert (param < 1).all()
+address = param.data_ptr() if sys.argv[1] == "behind an allocation" else 4096
+claimed = 1 << 32  # bytes
+storage = torch._C._construct_storage_from_data_pointer(address, param.device, claimed)
+param.data = torch.empty(0, device="cuda").set_(storage, 0, (claimed // 4,))
 try:
-    fused_lars.LARS([param]).step()
+    train(1)
     torch.cuda.synchronize()
 except RuntimeError as error:  # torch.AcceleratorError is one
     assert "CUDA error: an illegal memory access" in str(error), error
     print("reported")
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", program, fault]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "reported", result.stdout + result.stderr
