@@ -2,29 +2,17 @@
 
 import re
 import sys
-from functools import partial
-from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from . import _library  # noqa: F401  registers torch.ops.fused_lars
+from .op_call import HYPERPARAMETERS, OpCalls, Scratch, parameter_name, uses_reference
 
 __all__ = ["LARS"]
 
-# Hyperparameters of a group, by the names that the op has for them.
-_HYPERPARAMETERS = (
-    "lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening",
-    "nesterov", "maximize", "trust_clip", "layer_adaptation", "classic_momentum", "master_weights",
-)  # fmt: skip
-_get_hyperparameters = itemgetter(*_HYPERPARAMETERS)
-
 # How this process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
-
-# The op's kernel for meta tensors checks its arguments and does nothing else.
-_META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -147,7 +135,7 @@ class LARS(Optimizer):
             "fused": fused,
         }
         _check_group(defaults)
-        self._scratch: dict[tuple[torch.device, bool], _Scratch] = {}
+        self._scratch: dict[tuple[torch.device, bool], Scratch] = {}
         self._sharding = None
         super().__init__(params, defaults)
 
@@ -309,34 +297,30 @@ class LARS(Optimizer):
         calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
         if torch.compiler.is_compiling():
             # Scratch is no part of a traced program: there the op makes its own.
-            for key, call in calls.items():
-                call.run(key, grad_scale, found_inf, None)
+            for call in calls.values():
+                call.run(grad_scale, found_inf, None)
             return loss
         self._scratch = {key: self._scratch_of(key, call.params) for key, call in calls.items()}
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 try:
-                    call.run(key, grad_scale, found_inf, self._scratch[key], check_only)
+                    call.run(grad_scale, found_inf, self._scratch[key], check_only)
                 except ValueError as error:
                     raise ValueError(f"{error}{self._whose(call, str(error))}") from None
         if self._sharding is not None:
             self._sharding.bump_versions()
         return loss
 
-    def _calls(self) -> "dict[tuple[torch.device, bool], _Call]":
-        """The calls of a step, by device and implementation."""
-        calls: dict[tuple[torch.device, bool], _Call] = {}
+    def _calls(self) -> OpCalls:
+        calls = OpCalls()
         for group in self.param_groups:
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
-            reference = _uses_reference(group)
+            reference = uses_reference(group)
             devices = {p.device: None for p in lists[0]}
             for device in devices:
-                key = (device, reference)
-                call = calls.get(key)
-                if call is None:
-                    call = calls[key] = _Call()
+                call = calls[device, reference]
                 if len(devices) == 1:
                     call.add(group, lists)
                 else:
@@ -352,14 +336,14 @@ class LARS(Optimizer):
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if any(tensor is t for t in (p, p.grad, *self.state.get(p, {}).values())):
-                    return f" ({_name(group, group_index, index)})"
+                    return f" ({parameter_name(group, group_index, index)})"
         return ""
 
-    def _scratch_of(self, key, params) -> "_Scratch":
+    def _scratch_of(self, key, params) -> Scratch:
         ids = [*map(id, params)]
         scratch = self._scratch.get(key)
         if scratch is None or scratch.param_ids != ids:
-            return _Scratch(key[0], params, ids, scratch)
+            return Scratch(key[0], params, ids, scratch)
         return scratch
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
@@ -378,74 +362,6 @@ class LARS(Optimizer):
         return ratios
 
 
-class _Call:
-    """The lists of one op call: all parameters on one device, group after group."""
-
-    def __init__(self) -> None:
-        (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps) = (
-            [] for _ in range(5)
-        )
-        self.group_sizes: list[int] = []
-        self.hyperparameters: list[tuple] = []
-        # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the
-        # ranks found together.
-        self.local: tuple[list[Tensor], ...] | None = None
-        self.squared_norms: Tensor | None = None
-        self.found_inf: Tensor | None = None
-
-    def add(self, group, lists, local=None) -> None:
-        params, grads, momentum_buffers, master_params, steps = lists
-        self.params += params
-        self.grads += grads
-        self.momentum_buffers += momentum_buffers
-        self.master_params += master_params
-        self.steps += steps
-        self.group_sizes.append(len(params))
-        self.hyperparameters.append(_get_hyperparameters(group))
-        if local is not None:
-            self.local = self.local or ([], [], [], [], [])
-            for tensors, more in zip(self.local, local):
-                tensors += more
-
-    def run(self, key, grad_scale, found_inf, scratch, check_only=False) -> None:
-        device, reference = key
-        values = dict(zip(_HYPERPARAMETERS, map(list, zip(*self.hyperparameters))))
-        overload = "default"
-        if any(isinstance(lr, Tensor) for lr in values["lr"]):
-            overload = "tensor_lr"
-            values["lr"] = [_lr_tensor(lr, device) for lr in values["lr"]]
-        if check_only:
-            op = partial(getattr(torch.ops.fused_lars.step_, overload).redispatch, _META)
-        else:
-            op = getattr(
-                torch.ops.fused_lars.reference_step_ if reference else torch.ops.fused_lars.step_, overload
-            )
-        if self.found_inf is not None:
-            found_inf = self.found_inf
-        op(
-            *(self.local or (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps)),
-            self.group_sizes,
-            **values,
-            squared_norms=self.squared_norms,
-            grad_scale=_on_device(grad_scale, device),
-            found_inf=_on_device(found_inf, device),
-            trust_ratios=None if scratch is None else scratch.trust_ratios,
-            workspace=None if scratch is None else scratch.workspace,
-        )
-
-
-class _Scratch:
-    """Tensors that an op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
-
-    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int], before) -> None:
-        self.params = list(params)
-        self.param_ids = param_ids
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
-        # Resized by the op to what it needs, so that it serves any set of parameters.
-        self.workspace = before.workspace if before else torch.zeros(0, dtype=torch.int32, device=device)
-
-
 def _sharding_module():
     """sharding.py where there can be DTensors; elsewhere it would make torch import for a second."""
     if "torch.distributed.tensor" not in sys.modules:
@@ -453,28 +369,6 @@ def _sharding_module():
     from . import sharding
 
     return sharding
-
-
-def _uses_reference(group) -> bool:
-    return bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
-
-
-def _name(group, group_index: int, index: int) -> str:
-    """A parameter's name in an error."""
-    name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
-    return f"parameter{name} param_groups[{group_index}]['params'][{index}]"
-
-
-def _on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A scalar where a step reads it; the copy does not block, unless it is the host that will read."""
-    return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
-    """An lr as the op's tensor_lr overload takes it: on the CPU or on the parameters' device."""
-    if not isinstance(lr, Tensor):
-        return torch.tensor(lr, dtype=torch.float64)
-    return lr if lr.device.type == "cpu" else _on_device(lr, device)
 
 
 def _check_group(group) -> None:
@@ -486,7 +380,7 @@ def _check_group(group) -> None:
         # The value of a tensor on an accelerator is not read: that would wait for the device.
         lr = lr.item() if lr.device.type == "cpu" else 0.0
     torch.ops.fused_lars.check_hyperparameters.default(
-        lr, *(group[name] for name in _HYPERPARAMETERS[1:7]), group["classic_momentum"]
+        lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"]
     )
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

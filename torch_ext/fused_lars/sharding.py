@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .optimizer import _Call, _name, _on_device, _uses_reference
+from .op_call import OpCall, OpCalls, on_device, parameter_name, uses_reference
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
 _HALF = (torch.float16, torch.bfloat16)
@@ -32,15 +32,17 @@ def has_dtensors(group, group_index: int) -> bool:
     for index, param in enumerate(group["params"]):
         if getattr(param, _FLATTENED, False):
             raise ValueError(
-                f"{_name(group, group_index, index)} is a flat parameter of FullyShardedDataParallel (FSDP1) "
-                "or a view of one and has no norm of a layer; use torch.distributed.fsdp.fully_shard (FSDP2)"
+                f"{parameter_name(group, group_index, index)} is a flat parameter of "
+                "FullyShardedDataParallel (FSDP1) or a view of one and has no norm of a layer; use "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if isinstance(param, DTensor):
             found = True
             if any(placement.is_partial() for placement in param.placements):
                 raise ValueError(
-                    f"{_name(group, group_index, index)} has placements {param.placements}; allowed: Shard "
-                    "and Replicate (Partial is a sum that has not been taken yet: redistribute it)"
+                    f"{parameter_name(group, group_index, index)} has placements {param.placements}; "
+                    "allowed: Shard and Replicate (Partial is a sum that has not been taken yet: "
+                    "redistribute it)"
                 )
     return found
 
@@ -80,13 +82,13 @@ class Sharding:
         self._workspaces: dict[torch.device, Tensor] = {}
 
     @torch._disable_dynamo
-    def calls(self, optimizer, found_inf: Tensor | None) -> dict[tuple[torch.device, bool], _Call]:
+    def calls(self, optimizer, found_inf: Tensor | None) -> OpCalls:
         """The calls of a step, by device and implementation: local tensors, with norms of whole tensors."""
         self._update(optimizer.param_groups)
         replaced = _replaced_grads(self._dtensors, optimizer.param_groups)
-        calls: defaultdict[tuple[torch.device, bool], _Call] = defaultdict(_Call)
+        calls = OpCalls()
         for device, rank_sets in self._rank_sets.items():
-            norms = _Norms(_on_device(found_inf, device))
+            norms = _Norms(on_device(found_inf, device))
             for rank_set in rank_sets:
                 for group_index, params in rank_set.parts.items():
                     group = optimizer.param_groups[group_index]
@@ -102,12 +104,14 @@ class Sharding:
                         local = (*([t._local_tensor for t in tensors] for tensors in lists[:4]), lists[4])
                         if replaced:
                             local[1][:] = [replaced.get(p, grad) for p, grad in zip(lists[0], local[1])]
-                    call = calls[device, _uses_reference(group)]
+                    call = calls[device, uses_reference(group)]
                     call.add(group, lists, local)
                     norms.add(call, params, local, rank_set, optimizer.state)
                 norms.end(rank_set)
             norms.reduce(self._workspaces[device])
-        return {key: call for key, call in calls.items() if call.params}
+        for key in [key for key, call in calls.items() if not call.params]:
+            del calls[key]
+        return calls
 
     def bump_versions(self) -> None:
         """Counts a change of every DTensor, for autograd, as an operator on the DTensor itself would."""
@@ -159,9 +163,9 @@ class _Norms:
         self._without_grad: list[int] = []
         self._begin = 0
         self._messages: list[tuple[int, int, _RankSet]] = []
-        self._runs: defaultdict[_Call, list[list[int]]] = defaultdict(list)
+        self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
 
-    def add(self, call: _Call, params: list[Tensor], local, rank_set: _RankSet, state) -> None:
+    def add(self, call: OpCall, params: list[Tensor], local, rank_set: _RankSet, state) -> None:
         """Adds a row for each of `params` that has a gradient, and for the others too where they are shared.
 
         `local` has the local lists of those that have a gradient.
@@ -300,7 +304,7 @@ def _new_group(rows: tuple[tuple[int, ...], ...], world) -> dist.ProcessGroup:
 
 def _name_of(param: Tensor, param_groups) -> str:
     return next(
-        _name(group, group_index, index)
+        parameter_name(group, group_index, index)
         for group_index, group in enumerate(param_groups)
         for index, p in enumerate(group["params"])
         if p is param
