@@ -25,10 +25,9 @@ class OpCall:
     def __init__(self, device: torch.device, reference: bool) -> None:
         self.device = device
         self.reference = reference  # with ordinary operators instead of the fused kernels
-        (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps) = (
-            [] for _ in range(5)
-        )
-        self.group_sizes: list[int] = []
+        self.lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        self.params, self.grads, self.momentum_buffers, self.master_params, self.steps = self.lists
+        self.group_ends: list[int] = []
         self.hyperparameters: list[tuple] = []
         # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the
         # ranks found together.
@@ -36,19 +35,18 @@ class OpCall:
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
 
-    def add(self, group, lists, local=None) -> None:
-        params, grads, momentum_buffers, master_params, steps = lists
-        self.params += params
-        self.grads += grads
-        self.momentum_buffers += momentum_buffers
-        self.master_params += master_params
-        self.steps += steps
-        self.group_sizes.append(len(params))
-        self.hyperparameters.append(_get_hyperparameters(group))
+    def add_lists(self, lists, local=None) -> None:
+        for tensors, more in zip(self.lists, lists):
+            tensors += more
         if local is not None:
             self.local = self.local or ([], [], [], [], [])
             for tensors, more in zip(self.local, local):
                 tensors += more
+
+    def end_group(self, group) -> None:
+        """What was added since the group before is this one's."""
+        self.group_ends.append(len(self.params))
+        self.hyperparameters.append(_get_hyperparameters(group))
 
     def run(self, grad_scale, found_inf, scratch, check_only=False) -> None:
         device = self.device
@@ -65,8 +63,8 @@ class OpCall:
         if self.found_inf is not None:
             found_inf = self.found_inf
         op(
-            *(self.local or (self.params, self.grads, self.momentum_buffers, self.master_params, self.steps)),
-            self.group_sizes,
+            *(self.local or self.lists),
+            [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)],
             **values,
             squared_norms=self.squared_norms,
             grad_scale=on_device(grad_scale, device),

@@ -295,6 +295,7 @@ class LARS(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
+        calls = {key: call for key, call in calls.items() if call.params}
         if torch.compiler.is_compiling():
             # Scratch is no part of a traced program: there the op makes its own.
             for call in calls.values():
@@ -315,16 +316,18 @@ class LARS(Optimizer):
     def _calls(self) -> OpCalls:
         calls = OpCalls()
         for group in self.param_groups:
+            reference, params = uses_reference(group), group["params"]
+            if len(params) == 1 or len({p.device for p in params}) == 1:
+                call = calls[params[0].device, reference]
+                self._init_group(group, *call.lists)
+                call.end_group(group)
+                continue
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
-            reference = uses_reference(group)
-            devices = {p.device: None for p in lists[0]}
-            for device in devices:
+            for device in dict.fromkeys(p.device for p in lists[0]):
                 call = calls[device, reference]
-                if len(devices) == 1:
-                    call.add(group, lists)
-                else:
-                    call.add(group, [[t for t in tensors if t.device == device] for tensors in lists])
+                call.add_lists([[t for t in tensors if t.device == device] for tensors in lists])
+                call.end_group(group)
         return calls
 
     def _whose(self, call, message) -> str:

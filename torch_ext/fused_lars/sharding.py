@@ -105,12 +105,11 @@ class Sharding:
                         if replaced:
                             local[1][:] = [replaced.get(p, grad) for p, grad in zip(lists[0], local[1])]
                     call = calls[device, uses_reference(group)]
-                    call.add(group, lists, local)
+                    call.add_lists(lists, local)
+                    call.end_group(group)
                     norms.add(call, params, local, rank_set, optimizer.state)
                 norms.end(rank_set)
             norms.reduce(self._workspaces[device])
-        for key in [key for key, call in calls.items() if not call.params]:
-            del calls[key]
         return calls
 
     def bump_versions(self) -> None:
