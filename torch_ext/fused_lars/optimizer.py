@@ -61,7 +61,9 @@ class LARS(Optimizer):
             Default: True.
         classic_momentum (bool): the momentum convention, see above. Default: True.
         master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or
-            bf16 parameter; the update is applied to the copy and rounded to the parameter. Default: False.
+            bf16 parameter; the update is applied to the copy and rounded to the parameter. Values that are
+            written into the parameter later do not reach the copy: load weights before the first step, or
+            together with the optimizer's state. Default: False.
         foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
         capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
         differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
