@@ -87,11 +87,7 @@ def test_digits_under_torchrun_gives_the_same_table(digits, tmp_path):
         return [line for line in text.splitlines() if "±" in line]
 
     assert table(printed_by_two) == table(printed)
-    for one, two in zip(rows, rows_of_two, strict=True):
-        # Rounding differs by about 1e-16 a step, and training makes that grow; a wrong weight of a share (38
-        # of 75 images) would be a difference of 1e-2 in every gradient.
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-6), one
-        assert two["accuracies"] == one["accuracies"]
+    assert rows_of_two == rows
 
 
 def test_step_benchmark(device, tmp_path):
