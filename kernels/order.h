@@ -48,7 +48,7 @@ FUSED_LARS_INLINE uint32_t ticket_count(const Order& order) {
   return order.items.norms + order.items.updates;
 }
 
-// The largest i < count with begin(i) <= value, for a rising `begin` with begin(0) == 0.
+// The largest i < count with begin(i) <= value, for a rising `begin`; 0 where there is none.
 template <typename Begin>
 FUSED_LARS_INLINE uint32_t last_at_or_below(uint32_t count, uint32_t value, const Begin& begin) {
   uint32_t low = 0;
@@ -67,16 +67,15 @@ FUSED_LARS_INLINE uint32_t last_at_or_below(uint32_t count, uint32_t value, cons
 // to order.tensors.
 template <typename Before>
 FUSED_LARS_INLINE WorkItem work_item(const Order& order, uint32_t ticket, const Before& before) {
-  // Norm items handed out before the items of tensor i's turn.
+  // Norm items handed out before the items of tensor i's turn, but for the first one, before which are none.
   const auto norms_before_turn = [&](uint32_t i) {
-    if (i == 0) return uint32_t{0};
     const uint32_t ahead = before(i).norms + order.distance;
     return ahead < order.items.norms ? ahead : order.items.norms;
   };
   const auto turn_begin = [&](uint32_t i) { return norms_before_turn(i) + before(i).updates; };
 
   const uint32_t turn = last_at_or_below(order.tensors, ticket, turn_begin);
-  const uint32_t norm = norms_before_turn(turn) + (ticket - turn_begin(turn));
+  const uint32_t norm = ticket - before(turn).updates;
   const uint32_t norms_end = norms_before_turn(turn + 1);
   if (norm < norms_end) {
     const auto norms_begin = [&](uint32_t i) { return before(i).norms; };
