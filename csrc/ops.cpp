@@ -20,8 +20,8 @@ namespace {
 // group_sizes[i] of the parameters, in order, belong to group i. What the state lists hold is said in
 // fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
 // need; workspace is scratch of any size, zeros on entry and on return, that a caller who keeps it spares
-// the CUDA step an allocation and a memset (it is resized where it is too small, which a traced program does
-// not allow: there it is large enough or left out).
+// the CUDA step an allocation and a memset. Where it is too small it is set to larger memory, which a traced
+// program does not allow: there it is large enough or left out.
 // "-> *", may alias anything afterwards, is for TorchScript: it takes (a!)[] for a write to the list itself
 // and drops an op where the list is not used again, as it does with torch._foreach_add_.
 std::string step_schema(const std::string& name, const std::string& lr) {

@@ -1,5 +1,6 @@
 #include "step_calls.h"
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -19,10 +20,17 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
     tensor = initial();
     made = true;
   };
+  const bool had_buffer = state.momentum_buffer.defined();
+  if (had_buffer && master && state.momentum_buffer.scalar_type() != at::kFloat) {
+    state.momentum_buffer = state.momentum_buffer.to(at::kFloat);
+    made = true;
+  }
   make(state.momentum_buffer, needs_momentum_buffer(group),
        [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
   make(state.master_param, master, [&] { return param.detach().to(at::kFloat); });
-  make(state.step, needs_step(group), [&] { return at::zeros({}, param.options().dtype(at::kFloat)); });
+  // A buffer that was there before dampening was has seen its first update.
+  make(state.step, needs_step(group),
+       [&] { return at::full({}, had_buffer ? 1.0 : 0.0, param.options().dtype(at::kFloat)); });
   return made;
 }
 
@@ -53,14 +61,21 @@ void StepCalls::run(Workspaces& workspaces) const {
     }
   }
   for (const auto& call : calls_) {
-    StepOptions options;
-    if (call.device.is_cuda()) {
-      auto& workspace = workspaces[call.device];
-      if (!workspace.defined()) workspace = at::zeros({0}, at::TensorOptions(call.device).dtype(at::kInt));
-      options.workspace = workspace;
+    const auto step = [&](const StepOptions& options) {
+      step_(call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes,
+            groups_, options);
+    };
+    if (!call.device.is_cuda()) {
+      step({});
+      continue;
     }
-    step_(call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes,
-          groups_, options);
+    auto& workspaces_here = workspaces[call.device];
+    if (workspaces_here.empty()) {
+      workspaces_here.push_back(at::zeros({0}, at::TensorOptions(call.device).dtype(at::kInt)));
+    }
+    const auto workspace = workspaces_here.back().detach();  // which the op may set to other memory
+    step({.workspace = workspace});
+    if (!workspace.is_alias_of(workspaces_here.back())) workspaces_here.push_back(workspace);
   }
 }
 

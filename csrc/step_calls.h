@@ -16,8 +16,10 @@ struct ParamState {
   at::Tensor momentum_buffer, master_param, step;
 };
 
-// Scratch that the CUDA step leaves clean for the next one.
-using Workspaces = std::unordered_map<at::Device, at::Tensor>;
+// Scratch that the CUDA step leaves clean for the next one. The op gives it larger memory where it is too
+// small; a captured graph, or a step on another stream, may still use what it had, so that is kept too. The
+// last one is the one in use.
+using Workspaces = std::unordered_map<at::Device, std::vector<at::Tensor>>;
 
 // Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make.
 bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group);

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -52,10 +53,15 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
 
   int64_t words = 0;
   for (const auto& bucket : buckets) words = std::max(words, workspace_words(bucket, groups, options));
-  if (!workspace.defined()) {
-    workspace = at::zeros({words}, like.options().dtype(at::kInt));
-  } else if (workspace.numel() < words) {
-    workspace.resize_({words}).zero_();
+  if (!workspace.defined() || workspace.numel() < words) {
+    const bool capturing =
+        c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+    // What is zeroed in a capture is not zero yet, so it cannot serve later steps.
+    const bool keep = workspace.defined() && !capturing;
+    const auto larger =
+        at::zeros({keep ? std::max(words, 2 * workspace.numel()) : words}, like.options().dtype(at::kInt));
+    // Not resize_, which would free memory that a captured graph or another stream may still use.
+    workspace = keep ? workspace.set_(larger) : larger;
   }
   const auto stream = c10::cuda::getCurrentCUDAStream();
   for (const auto& bucket : buckets) {

@@ -215,15 +215,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       agent.template load<false>(work.tile);
     }
     if (threadIdx.x == 0) {
+      const bool waits = !work.takes_norms &&
+                         p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
+      double q = waits ? published_trust_ratio(p, work.item.tensor) : 1.0;
+      // After the wait: a block that waits must not hold a norm item that others wait for. And before the
+      // coefficients, for which the compiler waits until the tile has come.
+      look_up(p, draw_ticket(p), shared_work[turn ^ 1]);
       if (!work.takes_norms) {
-        const bool has_norm_items =
-            p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
-        const double q = has_norm_items ? published_trust_ratio(p, work.item.tensor)
-                                        : trust_ratio_without_norms(p, work.item.tensor);
+        if (!waits) q = trust_ratio_without_norms(p, work.item.tensor);
         shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
       }
-      // Only after the wait: a block that waits must not hold a norm item that others wait for.
-      look_up(p, draw_ticket(p), shared_work[turn ^ 1]);
     }
     if (work.takes_norms) {
       const Sums<Compute> sums = agent.squared_sums(storage[turn]);

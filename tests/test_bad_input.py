@@ -292,3 +292,48 @@ def test_gradients_are_not_rewritten(device):
             assert leaf.param.grad is leaf.grad
             assert same_bits(leaf.grad, grad)
             assert leaf.grad._version == version
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"momentum": 2.0}, "Invalid momentum.*in group 2"),
+        ({"lr": torch.tensor(1)}, "lr of group 2 has dtype Long"),
+    ],
+)
+def test_errors_count_groups_as_param_groups_does(spoil, message):
+    """Not as the op does, for which only the groups on its device with its implementation are there."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    groups = [{"params": [params[0]], "foreach": True}, {"params": [params[1]]}, {"params": [params[2]]}]
+    optimizer = LARS(groups, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.param_groups[2].update(spoil)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", [0.1]])
+@pytest.mark.parametrize("name", ["lr", "momentum", "eps"])
+def test_options_that_are_no_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*; allowed: a number"):
+        LARS([nn.Parameter(torch.ones(2))], **{name: value})
+
+
+def test_a_sparse_parameter():
+    with pytest.raises(
+        ValueError, match=r"parameter 1 has layout torch\.sparse_coo; allowed: torch\.strided"
+    ):
+        LARS([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).to_sparse())])
+
+
+def test_a_default_device_that_is_not_the_parameters():
+    """An lr that is a float beside one that is a tensor becomes a tensor on the CPU, not on that device."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = LARS([{"params": [params[0]], "lr": torch.tensor(0.5)}, {"params": [params[1]]}], lr=0.5)
+    for p in params:
+        p.grad = torch.ones(2)
+    with torch.device("meta"):
+        optimizer.step()
+    assert torch.equal(*params)

@@ -75,6 +75,61 @@ def test_captured_steps_are_eager_steps_cuda():
         assert all(map(same_bits, before, after)) == (inputs[2] != 0.0)
 
 
+@pytest.mark.parametrize("captured", [slice(0, 2), slice(0, 6)], ids=["few", "all"])
+def test_a_graph_goes_on_after_other_eager_steps_cuda(captured):
+    """Eager steps on more or fewer parameters leave a graph the memory that it was captured with."""
+
+    def step_with_grads(optimizer, params, have_grads, step):
+        for p in params:
+            p.grad = None
+        for p, grad in list(zip(params, grads))[have_grads]:
+            p.grad = grad
+        step()
+
+    params, alone = make_params(), make_params()
+    grads = [p.grad for p in params]
+    optimizer, expected = LARS(params, lr=0.5, **OPTIONS), LARS(alone, lr=0.5, **OPTIONS)
+    graph = torch.cuda.CUDAGraph()
+
+    def capture():
+        with torch.cuda.graph(graph):
+            optimizer.step()
+
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    step_with_grads(optimizer, params, captured, optimizer.step)
+    step_with_grads(optimizer, params, captured, capture)
+    sequence = [graph.replay, slice(0, 6), graph.replay, slice(1, 2), slice(0, 6), graph.replay]
+    step_with_grads(expected, alone, captured, expected.step)
+    for what in sequence:
+        have_grads = captured if what == graph.replay else what
+        if what == graph.replay:
+            graph.replay()
+        else:
+            step_with_grads(optimizer, params, have_grads, optimizer.step)
+        step_with_grads(expected, alone, have_grads, expected.step)
+        torch.cuda.synchronize()
+        assert all(map(same_bits, params, alone))
+
+
+def test_a_step_captured_without_a_step_before_cuda():
+    """Its workspace is zeroed by the graph alone, and later eager steps have one of their own."""
+    params, alone = make_params(), make_params()
+    optimizer, expected = LARS(params, lr=0.5, **OPTIONS), LARS(alone, lr=0.5, **OPTIONS)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    for p in params:  # state, which torch wants before a capture
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in (optimizer.step, graph.replay, graph.replay, optimizer.step):
+        step()
+        expected.step()
+        torch.cuda.synchronize()
+        assert all(map(same_bits, params, alone))
+
+
 def test_a_side_stream_is_respected_cuda():
     """A step on a side stream waits for what that stream was told to wait for, and for nothing else."""
     params, alone = make_params(), make_params()
@@ -101,9 +156,9 @@ def test_the_workspace_is_left_clean_cuda(found_inf):
         optimizer.found_inf = torch.tensor(found_inf, device="cuda")
     for _ in range(2):
         optimizer.step()
-        (scratch,) = optimizer._scratch.values()
-        assert scratch.workspace.numel() > 0
-        assert not scratch.workspace.any()
+        (workspace,) = optimizer._workspaces.values()
+        assert workspace.tensor.numel() > 0
+        assert not workspace.tensor.any()
 
 
 def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
@@ -117,7 +172,7 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
             for p in both[have_grads]:
                 p.grad = torch.cos(p.detach())
         optimizer.step()
-        expected._scratch.clear()
+        expected._workspaces.clear()
         expected.step()
     assert all(map(same_bits, params, alone))
 

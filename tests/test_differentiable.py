@@ -82,3 +82,22 @@ def test_without_autograd_it_is_the_same_step(options):
         LARS([weight], **options, **implementation).step()
         results.append(weight)
     assert torch.equal(*results)
+
+
+def test_a_group_of_its_own():
+    """Autograd follows the groups that ask for it, whatever the optimizer's default is."""
+    for default in (False, True):
+        lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        weights = [make(5).detach().clone().requires_grad_(not followed) for followed in (True, False)]
+        groups = [
+            {"params": [weights[0]], "lr": lr, "differentiable": True},
+            {"params": [weights[1]], "differentiable": False},
+        ]
+        optimizer = LARS(groups, lr=0.3, differentiable=default)
+        for weight in weights:
+            weight.grad = make(5).detach().flip(0)
+        optimizer.step()
+        assert weights[0].grad_fn is not None
+        assert weights[1].is_leaf
+        assert torch.equal(*(weight.detach() for weight in weights))
+        assert torch.autograd.grad(weights[0].sum(), lr)[0] != 0

@@ -178,3 +178,26 @@ def test_a_model_without_one_of_the_groups():
         optimizer.load_state_dict(optimizer.state_dict())
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
+
+
+def test_norms_by_name_are_vectors():
+    class NormedLinear(nn.Linear):
+        pass
+
+    class RootMeanSquareNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+    groups = param_groups(nn.Sequential(NormedLinear(3, 2), RootMeanSquareNorm()))
+    assert names(groups[0]) == {"0.weight"}
+    assert names(groups[1]) == {"0.bias", "1.gain"}
+
+
+def test_parametrizations_count_for_what_they_make():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    for module, name in ((model[0], "weight"), (model[0], "bias"), (model[1], "weight")):
+        nn.utils.parametrize.register_parametrization(module, name, nn.Identity())
+    groups = param_groups(model)
+    check_complete(model, groups)
+    assert names(groups[0]) == {"0.parametrizations.weight.original"}

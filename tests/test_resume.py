@@ -180,6 +180,12 @@ def test_state_in_another_layout_is_stepped_right(device, generator):
             lambda d: d["state"][2].update(momentum_buffer=torch.zeros(7)),
             r"momentum_buffer of parameter 2.*\(7,\)",
         ),
+        (
+            lambda d: d["state"][0].update(momentum_buffer=None),
+            "momentum_buffer of parameter 0 in the state_dict is None; expected a Tensor",
+        ),
+        (lambda d: d["state"][0].update(step=3), "step of parameter 0 in the state_dict is 3"),
+        (lambda d: d.clear(), r"not a state_dict: it has no \['param_groups', 'state'\]"),
     ],
 )
 def test_a_bad_state_dict_changes_nothing(spoil, message):
@@ -228,3 +234,42 @@ def test_copied_lr_tensor_is_its_own():
     twin = copy.deepcopy(optimizer)
     twin.param_groups[0]["lr"].fill_(0.25)
     assert optimizer.param_groups[0]["lr"].item() == 0.5
+
+
+def test_fp32_state_of_another_dtype_than_half_is_converted():
+    """As torch does: a run that goes on in fp64 keeps nothing in fp32."""
+    single, double = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    saved, optimizer = LARS([single], momentum=0.9), LARS([double])
+    train(saved, [single], range(1))
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.state[double]["momentum_buffer"].dtype == torch.float64
+
+
+def test_masters_for_a_state_without_get_an_fp32_buffer():
+    param = torch.nn.Parameter(torch.linspace(1, 2, 7).bfloat16())
+    optimizer = LARS([param], lr=0.1, momentum=0.9)
+    train(optimizer, [param], range(1))
+    before = optimizer.state[param]["momentum_buffer"]
+    optimizer.param_groups[0]["master_weights"] = True
+    optimizer.param_groups[0]["lr"] = 0.0
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    after = optimizer.state[param]["momentum_buffer"]
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, 0.9 * before.float(), rtol=1e-6, atol=0)
+
+
+def test_dampening_of_a_buffer_that_is_there_already():
+    """As in torch's SGD, whose first update alone is not damped, also where dampening came later."""
+    params = [torch.nn.Parameter(torch.linspace(-1, 2, 9, dtype=torch.float64)) for _ in range(2)]
+    optimizers = [
+        LARS([params[0]], lr=0.1, momentum=0.9, layer_adaptation=False, classic_momentum=False),
+        torch.optim.SGD([params[1]], lr=0.1, momentum=0.9),
+    ]
+    for dampening in (0.0, 0.5):
+        for optimizer, param in zip(optimizers, params):
+            optimizer.param_groups[0]["dampening"] = dampening
+            for _ in range(3):
+                param.grad = torch.cos(param.detach())
+                optimizer.step()
+    torch.testing.assert_close(*params, rtol=1e-14, atol=0)

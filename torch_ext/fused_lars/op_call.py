@@ -1,5 +1,6 @@
-"""The calls of the op that a step makes: their lists, and the scratch that outlives them."""
+"""The calls of the op that a step makes: their lists, and what outlives a step."""
 
+import re
 from functools import partial
 from operator import itemgetter
 
@@ -22,12 +23,14 @@ _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 class OpCall:
     """The lists of one op call: all parameters on one device, group after group."""
 
-    def __init__(self, device: torch.device, reference: bool) -> None:
+    def __init__(self, device: torch.device, reference: bool, differentiable: bool) -> None:
         self.device = device
         self.reference = reference  # with ordinary operators instead of the fused kernels
+        self.differentiable = differentiable
         self.lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
         self.params, self.grads, self.momentum_buffers, self.master_params, self.steps = self.lists
         self.group_ends: list[int] = []
+        self.group_indices: list[int] = []  # in param_groups
         self.hyperparameters: list[tuple] = []
         # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the
         # ranks found together.
@@ -43,12 +46,13 @@ class OpCall:
             for tensors, more in zip(self.local, local):
                 tensors += more
 
-    def end_group(self, group) -> None:
-        """What was added since the group before is this one's."""
+    def end_group(self, group, index: int) -> None:
+        """What was added since the group before is this one's, which is param_groups[index]."""
         self.group_ends.append(len(self.params))
+        self.group_indices.append(index)
         self.hyperparameters.append(_get_hyperparameters(group))
 
-    def run(self, grad_scale, found_inf, scratch, check_only=False) -> None:
+    def run(self, grad_scale, found_inf, trust_ratios, workspace, check_only=False) -> None:
         device = self.device
         values = dict(zip(HYPERPARAMETERS, map(list, zip(*self.hyperparameters))))
         overload = "default"
@@ -62,40 +66,64 @@ class OpCall:
             op = getattr(ops.reference_step_ if self.reference else ops.step_, overload)
         if self.found_inf is not None:
             found_inf = self.found_inf
-        op(
-            *(self.local or self.lists),
-            [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)],
-            **values,
-            squared_norms=self.squared_norms,
-            grad_scale=on_device(grad_scale, device),
-            found_inf=on_device(found_inf, device),
-            trust_ratios=None if scratch is None else scratch.trust_ratios,
-            workspace=None if scratch is None else scratch.workspace,
-        )
+        with torch.set_grad_enabled(self.differentiable):
+            op(
+                *(self.local or self.lists),
+                [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)],
+                **values,
+                squared_norms=self.squared_norms,
+                grad_scale=on_device(grad_scale, device),
+                found_inf=on_device(found_inf, device),
+                trust_ratios=trust_ratios,
+                workspace=workspace,
+            )
+
+    def in_words_of_param_groups(self, message: str) -> str:
+        """An op's error, whose groups are those of the call, with the places in param_groups."""
+        message = re.sub(r"(?<=in group )\d+", lambda m: str(self.group_indices[int(m[0])]), message)
+        return re.sub(r"\blr\[(\d+)\]", lambda m: f"lr of group {self.group_indices[int(m[1])]}", message)
 
 
-class OpCalls(dict[tuple[torch.device, bool], OpCall]):
-    """The calls of a step, by device and implementation; one that is missing is made."""
+class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
+    """The calls of a step, by device and way to compute; one that is missing is made."""
 
     def __missing__(self, key) -> OpCall:
         call = self[key] = OpCall(*key)
         return call
 
 
-class Scratch:
-    """Tensors that an op call writes and that no state_dict holds; kept, so that a step allocates nothing."""
+class TrustRatios:
+    """What a call writes the trust ratios of its parameters to, as long as they stay the same."""
 
-    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int], before) -> None:
+    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
         self.params = list(params)
         self.param_ids = param_ids
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
-        # Resized by the op to what it needs, so that it serves any set of parameters.
-        self.workspace = before.workspace if before else torch.zeros(0, dtype=torch.int32, device=device)
+        self.tensor = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
+        self.is_captured = False
 
 
-def uses_reference(group) -> bool:
-    return bool(group["foreach"] or group["differentiable"] or group["fused"] is False)
+class Workspace:
+    """An op's scratch on a device, kept so that a step allocates nothing.
+
+    The op gives it larger memory where it is too small. A captured CUDA graph, or a step on another stream,
+    may still use the memory that it had, so that is kept too; since it at least doubles, that is not much.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(0, dtype=torch.int32, device=device)
+        self._memory = [self.tensor.untyped_storage()]
+
+    def after_use(self) -> None:
+        memory = self.tensor.untyped_storage()
+        if memory.data_ptr() != self._memory[-1].data_ptr():
+            self._memory.append(memory)
+
+
+def way_to_compute(group) -> tuple[bool, bool]:
+    """Whether a group is stepped by ordinary operators, and whether autograd follows."""
+    differentiable = bool(group["differentiable"])
+    return bool(differentiable or group["foreach"] or group["fused"] is False), differentiable
 
 
 def parameter_name(group, group_index: int, index: int) -> str:
@@ -112,5 +140,5 @@ def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def _lr_tensor(lr: float | Tensor, device: torch.device) -> Tensor:
     """An lr as the op's tensor_lr overload takes it: on the CPU or on the parameters' device."""
     if not isinstance(lr, Tensor):
-        return torch.tensor(lr, dtype=torch.float64)
+        return torch.tensor(lr, dtype=torch.float64, device="cpu")
     return lr if lr.device.type == "cpu" else on_device(lr, device)

@@ -1,5 +1,6 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
+import numbers
 import re
 import sys
 
@@ -7,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .op_call import HYPERPARAMETERS, OpCalls, Scratch, parameter_name, uses_reference
+from .op_call import HYPERPARAMETERS, OpCalls, TrustRatios, Workspace, parameter_name, way_to_compute
 
 __all__ = ["LARS"]
 
 # How this process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
 
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+_FUSED_DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
 class LARS(Optimizer):
@@ -26,7 +28,7 @@ class LARS(Optimizer):
     .. math::
         g' &= (\text{maximize} ? -g : g) / \text{grad\_scale} \\
         q  &= \text{trust\_coefficient} \cdot |w| / (|g'| + \text{weight\_decay} \cdot |w| + \text{eps})
-              \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is } 0) \\
+              \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is 0 or NaN}) \\
         u  &= q \cdot (g' + \text{weight\_decay} \cdot w)
 
     .. math::
@@ -46,8 +48,9 @@ class LARS(Optimizer):
     Args:
         params (iterable): parameters, named parameters, or dicts of parameter groups; see
             :func:`fused_lars.param_groups`.
-        lr (float or Tensor): learning rate, finite and >= 0. A Tensor has one element; the kernels read it on
-            its device, so a captured CUDA graph follows its changes. Default: 1.0.
+        lr (float or Tensor): learning rate, finite and >= 0. A Tensor has one element. One on the parameters'
+            device is read there by the kernels, so that a captured CUDA graph follows its changes; one on the
+            CPU is read by the host in every step, as a float is. Default: 1.0.
         momentum (float): in [0, 1). At 0 no momentum buffer is kept. Default: 0.
         weight_decay (float): finite and >= 0; part of the update and of the trust ratio. Default: 0.
         trust_coefficient (float): finite and > 0. Default: 0.001.
@@ -77,9 +80,10 @@ class LARS(Optimizer):
             ``differentiable``.
 
     State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
-    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A gradient
-    that holds NaN or inf reaches the weights as in ``torch.optim.SGD``, unless a ``GradScaler`` found it:
-    then the step changes nothing.
+    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A loaded
+    fp32 buffer of an fp16 or bf16 parameter stays fp32. A gradient that holds NaN or inf reaches the weights
+    as in ``torch.optim.SGD``, and a NaN leaves the rest of its layer with a trust ratio of 1, unless a
+    ``GradScaler`` found it: then the step changes nothing.
 
     Example:
         >>> groups = fused_lars.param_groups(model, weight_decay=1e-4)
@@ -137,13 +141,13 @@ class LARS(Optimizer):
             "fused": fused,
         }
         _check_group(defaults)
-        self._scratch: dict[tuple[torch.device, bool], Scratch] = {}
+        self._make_scratch()
         self._sharding = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        self._scratch = {}
+        self._make_scratch()
         # Groups of a checkpoint that an older version wrote.
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -152,19 +156,25 @@ class LARS(Optimizer):
         for index in range(len(self.param_groups)):
             self._prepare_sharding(index)
 
+    def _make_scratch(self) -> None:
+        """What calls write and no state_dict holds, by the keys of OpCalls."""
+        self._trust_ratios: dict[tuple, TrustRatios] = {}  # of the last step
+        self._captured_trust_ratios: list[TrustRatios] = []  # that graphs go on to write
+        self._workspaces: dict[torch.device, Workspace] = {}
+
     def add_param_group(self, param_group) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
 
         Raises:
             ValueError, RuntimeError: as the constructor does.
         """
-        if isinstance(param_group, dict):
+        # What is no dict, or holds an unordered set, is the base class's error.
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             group = {**self.defaults, **param_group}
             _check_group(group)
-            if group["fused"]:
-                params = param_group["params"]
-                param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
-                _check_fused(params)
+            params = param_group["params"]
+            param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+            _check_params(params, fused=group["fused"])
         super().add_param_group(param_group)
         try:
             self._prepare_sharding(len(self.param_groups) - 1)
@@ -202,7 +212,7 @@ class LARS(Optimizer):
             for saved_id, param in self._saved_ids(loaded):
                 for key, value in loaded["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
-                        exact = key == "step" or value.dtype == torch.float32
+                        exact = key == "step" or (value.dtype == torch.float32 and param.dtype in _HALF)
                         self.state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
 
         handles = (
@@ -221,6 +231,11 @@ class LARS(Optimizer):
         return zip(saved, (p for group in self.param_groups for p in group["params"]))
 
     def _check_state_dict(self, state_dict) -> None:
+        missing = {"state", "param_groups"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}"
+            )
         for index, group in enumerate(state_dict["param_groups"]):
             if "trust_coefficient" not in group:
                 raise ValueError(
@@ -228,17 +243,16 @@ class LARS(Optimizer):
                     f"only {sorted(k for k in group if k != 'params')}"
                 )
             _check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
-        sharding = _sharding_module()
+        saved, own = (
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if saved != own:
+            return  # the base class has the error
         for saved_id, param in self._saved_ids(state_dict):
-            for key in ("momentum_buffer", "master_param"):
-                value = state_dict["state"].get(saved_id, {}).get(key)
-                if isinstance(value, Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}; "
-                        f"expected the shape of the parameter, {tuple(param.shape)}"
-                    )
-                if isinstance(value, Tensor) and sharding:
-                    sharding.check_state(saved_id, key, value, param)
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                if key in ("momentum_buffer", "master_param", "step"):
+                    _check_state(saved_id, key, value, param)
 
     def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
@@ -254,7 +268,7 @@ class LARS(Optimizer):
             if not has_momentum and not master_weights:
                 continue
             state = self.state[p]
-            has_master = master_weights and p.dtype in (torch.float16, torch.bfloat16)
+            has_master = master_weights and p.dtype in _HALF
             if has_master:
                 if "master_param" not in state:
                     state["master_param"] = p.detach().to(torch.float32)
@@ -266,10 +280,15 @@ class LARS(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(
                         p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                     )
+                    if has_step:
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                elif has_master and state["momentum_buffer"].dtype in _HALF:
+                    state["momentum_buffer"] = state["momentum_buffer"].to(torch.float32)
                 momentum_buffers.append(state["momentum_buffer"])
             if has_step:
                 if "step" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    # The buffer was there before dampening was, so this is no first update.
+                    state["step"] = torch.ones((), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
 
     @_use_grad_for_differentiable
@@ -301,35 +320,40 @@ class LARS(Optimizer):
         if torch.compiler.is_compiling():
             # Scratch is no part of a traced program: there the op makes its own.
             for call in calls.values():
-                call.run(grad_scale, found_inf, None)
+                call.run(grad_scale, found_inf, None, None)
             return loss
-        self._scratch = {key: self._scratch_of(key, call.params) for key, call in calls.items()}
+        self._trust_ratios = {key: self._trust_ratios_of(key, call.params) for key, call in calls.items()}
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
+                workspace = self._workspace_on(call.device)
                 try:
-                    call.run(grad_scale, found_inf, self._scratch[key], check_only)
+                    call.run(
+                        grad_scale, found_inf, self._trust_ratios[key].tensor, workspace.tensor, check_only
+                    )
                 except ValueError as error:
-                    raise ValueError(f"{error}{self._whose(call, str(error))}") from None
+                    whose = self._whose(call, str(error))
+                    raise ValueError(call.in_words_of_param_groups(str(error)) + whose) from None
+                workspace.after_use()
         if self._sharding is not None:
             self._sharding.bump_versions()
         return loss
 
     def _calls(self) -> OpCalls:
         calls = OpCalls()
-        for group in self.param_groups:
-            reference, params = uses_reference(group), group["params"]
+        for index, group in enumerate(self.param_groups):
+            way, params = way_to_compute(group), group["params"]
             if len(params) == 1 or len({p.device for p in params}) == 1:
-                call = calls[params[0].device, reference]
+                call = calls[(params[0].device, *way)]
                 self._init_group(group, *call.lists)
-                call.end_group(group)
+                call.end_group(group, index)
                 continue
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
             for device in dict.fromkeys(p.device for p in lists[0]):
-                call = calls[device, reference]
+                call = calls[(device, *way)]
                 call.add_lists([[t for t in tensors if t.device == device] for tensors in lists])
-                call.end_group(group)
+                call.end_group(group, index)
         return calls
 
     def _whose(self, call, message) -> str:
@@ -344,12 +368,21 @@ class LARS(Optimizer):
                     return f" ({parameter_name(group, group_index, index)})"
         return ""
 
-    def _scratch_of(self, key, params) -> Scratch:
-        ids = [*map(id, params)]
-        scratch = self._scratch.get(key)
-        if scratch is None or scratch.param_ids != ids:
-            return Scratch(key[0], params, ids, scratch)
-        return scratch
+    def _workspace_on(self, device) -> Workspace:
+        workspace = self._workspaces.get(device)
+        if workspace is None:
+            workspace = self._workspaces[device] = Workspace(device)
+        return workspace
+
+    def _trust_ratios_of(self, key, params) -> TrustRatios:
+        device, ids = key[0], [*map(id, params)]
+        ratios = self._trust_ratios.get(key)
+        if ratios is None or ratios.param_ids != ids:
+            ratios = TrustRatios(device, params, ids)
+        if device.type == "cuda" and not ratios.is_captured and torch.cuda.is_current_stream_capturing():
+            ratios.is_captured = True
+            self._captured_trust_ratios.append(ratios)
+        return ratios
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """The trust ratio q that the last step used, of every parameter that had a gradient.
@@ -360,11 +393,11 @@ class LARS(Optimizer):
             ``GradScaler`` skipped leaves the ratios of the step before. Steps that ran under
             ``torch.compile`` are not recorded.
         """
-        ratios: dict[Tensor, Tensor] = {}
-        for scratch in self._scratch.values():
+        result: dict[Tensor, Tensor] = {}
+        for ratios in self._trust_ratios.values():
             # A copy, since the next step overwrites the tensor.
-            ratios.update(zip(scratch.params, scratch.trust_ratios.clone().unbind()))
-        return ratios
+            result.update(zip(ratios.params, ratios.tensor.clone().unbind()))
+        return result
 
 
 def _sharding_module():
@@ -384,6 +417,9 @@ def _check_group(group) -> None:
             raise ValueError(f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}")
         # The value of a tensor on an accelerator is not read: that would wait for the device.
         lr = lr.item() if lr.device.type == "cpu" else 0.0
+    for name in HYPERPARAMETERS[:6]:
+        if not isinstance(group[name] if name != "lr" else lr, numbers.Real):
+            raise ValueError(f"{name} is {group[name]!r}; allowed: a number")
     torch.ops.fused_lars.check_hyperparameters.default(
         lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"]
     )
@@ -393,12 +429,30 @@ def _check_group(group) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
 
 
-def _check_fused(params) -> None:
+def _check_state(saved_id, key: str, value, param: Tensor) -> None:
+    """Checks a value in the state of a state_dict."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} of parameter {saved_id} in the state_dict is {value!r}; expected a Tensor")
+    shape = () if key == "step" else param.shape
+    if value.shape != shape:
+        of_what = "no dimensions" if key == "step" else f"the shape of the parameter, {tuple(shape)}"
+        got = f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}"
+        raise ValueError(f"{got}; expected {of_what}")
+    sharding = _sharding_module()
+    if sharding and key != "step":
+        sharding.check_state(saved_id, key, value, param)
+
+
+def _check_params(params, fused) -> None:
     for index, param in enumerate(params):
         if isinstance(param, tuple):
             index, param = param
         if not isinstance(param, Tensor):
             continue  # the base class has the error
+        if param.layout != torch.strided:
+            raise ValueError(f"parameter {index} has layout {param.layout}; allowed: torch.strided")
+        if not fused:
+            continue
         if param.dtype not in _FUSED_DTYPES:
             raise RuntimeError(
                 f"`fused=True`: parameter {index} has dtype {param.dtype}; "

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["param_groups"]
 
@@ -14,10 +15,10 @@ _NORMALISATION = (
 )
 
 
-def _is_bias_or_norm(module: nn.Module, name: str) -> bool:
-    # Normalisation layers that models bring along (LlamaRMSNorm, FrozenBatchNorm2d) are known by their name
-    # only.
-    is_norm = isinstance(module, _NORMALISATION) or "Norm" in type(module).__name__
+def _is_bias_or_norm(module: nn.Module, name: str, param: nn.Parameter) -> bool:
+    # Normalisation layers that models bring along (LlamaRMSNorm, LayerNorm2d) are known by their name only; a
+    # normalised linear layer has such a name too, but its weight is a matrix.
+    is_norm = isinstance(module, _NORMALISATION) or ("Norm" in type(module).__name__ and param.ndim <= 1)
     return is_norm or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
@@ -35,17 +36,23 @@ def param_groups(
     Returns:
         Two groups for :class:`fused_lars.LARS`, every parameter in exactly one, with its name: the weights,
         with ``weight_decay``; and bias and normalisation parameters, with ``weight_decay=0,
-        layer_adaptation=False``. A parameter that several modules share counts where
-        ``model.named_parameters()`` names it first.
+        layer_adaptation=False``. A bias is called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``). A
+        normalisation layer is torch's, or one whose class has ``Norm`` in its name; of the latter, parameters
+        of at most one dimension. A parametrization is taken for the parameter that it makes. A parameter
+        that several modules share counts where ``model.named_parameters()`` names it first.
     """
     weights, others, seen = [], [], set()
+    parametrized = {}  # what a parametrization's own parameters stand for
     for prefix, module in model.named_modules():
+        if is_parametrized(module):
+            parametrized.update({made: (module, name) for name, made in module.parametrizations.items()})
         for name, param in module.named_parameters(prefix="", recurse=False):
             if param in seen:
                 continue
             seen.add(param)
             full_name = f"{prefix}.{name}" if prefix else name
-            excluded = _is_bias_or_norm(module, name) or (exclude is not None and exclude(full_name, param))
+            excluded = _is_bias_or_norm(*parametrized.get(module, (module, name)), param)
+            excluded = excluded or (exclude is not None and exclude(full_name, param))
             (others if excluded else weights).append((full_name, param))
     groups = [
         {"params": weights, "weight_decay": weight_decay},

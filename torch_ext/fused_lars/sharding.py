@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .op_call import OpCall, OpCalls, on_device, parameter_name, uses_reference
+from .op_call import OpCall, OpCalls, Workspace, on_device, parameter_name, way_to_compute
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
 _HALF = (torch.float16, torch.bfloat16)
@@ -79,7 +79,7 @@ class Sharding:
         self._param_ids: list[int] = []
         self._dtensors: list[DTensor] = []
         self._rank_sets: dict[torch.device, list[_RankSet]] = {}
-        self._workspaces: dict[torch.device, Tensor] = {}
+        self._workspaces: dict[torch.device, Workspace] = {}
 
     @torch._disable_dynamo
     def calls(self, optimizer, found_inf: Tensor | None) -> OpCalls:
@@ -104,9 +104,9 @@ class Sharding:
                         local = (*([t._local_tensor for t in tensors] for tensors in lists[:4]), lists[4])
                         if replaced:
                             local[1][:] = [replaced.get(p, grad) for p, grad in zip(lists[0], local[1])]
-                    call = calls[device, uses_reference(group)]
+                    call = calls[(device, *way_to_compute(group))]
                     call.add_lists(lists, local)
-                    call.end_group(group)
+                    call.end_group(group, group_index)
                     norms.add(call, params, local, rank_set, optimizer.state)
                 norms.end(rank_set)
             norms.reduce(self._workspaces[device])
@@ -147,8 +147,9 @@ class Sharding:
         self._rank_sets = {}
         for key in sorted(rank_sets):
             self._rank_sets.setdefault(rank_sets[key].device, []).append(rank_sets[key])
-        # Resized by the op to what it needs.
-        self._workspaces = {d: torch.zeros(0, dtype=torch.int32, device=d) for d in self._rank_sets}
+        for device in self._rank_sets:
+            if device not in self._workspaces:
+                self._workspaces[device] = Workspace(device)
         self._param_ids = ids
 
 
@@ -205,13 +206,14 @@ class _Norms:
             self._messages.append((self._begin, len(self._weights), rank_set))
         self._begin = len(self._weights)
 
-    def reduce(self, workspace: Tensor) -> None:
+    def reduce(self, workspace: Workspace) -> None:
         """Hands each call its squared norms, and the found_inf on which the ranks agree."""
         if not self._messages:
             return  # nothing is shared: the step takes its norms itself
-        norms = torch.ops.fused_lars.squared_norms(self._weights, self._grads, workspace=workspace)
+        norms = torch.ops.fused_lars.squared_norms(self._weights, self._grads, workspace=workspace.tensor)
+        workspace.after_use()
         if self._without_grad:
-            rows = torch.tensor(self._without_grad).to(norms.device, non_blocking=True)
+            rows = torch.tensor(self._without_grad, device="cpu").to(norms.device, non_blocking=True)
             norms[:, 1].index_fill_(0, rows, 0.0)
         works = []
         for begin, end, rank_set in self._messages:

@@ -51,9 +51,9 @@ class StepOptimizer {
 // is first used with momentum > 0, and again whenever the shape, dtype or device under that id changes.
 //
 // A method that throws (a fused_lars::Error) has changed nothing. Distinct instances share nothing and may
-// be used by different threads at once; one instance is for one thread at a time. A copy has buffers of its
-// own. torch.classes.fused_lars.Lars is this class: IValue::toCustomClass<fused_lars::Lars>() gives the
-// one that a TorchScript module holds.
+// be used by different threads at once; one instance is for one thread and one CUDA stream at a time. A copy
+// has buffers of its own. torch.classes.fused_lars.Lars is this class:
+// IValue::toCustomClass<fused_lars::Lars>() gives the one that a TorchScript module holds.
 class Lars final : public torch::CustomClassHolder, public LearningRate, public StepOptimizer {
  public:
   // momentum 0, weight_decay 0, trust_coefficient 0.001. Throws InvalidLearningRate unless base_lr is
@@ -92,7 +92,7 @@ class Lars final : public torch::CustomClassHolder, public LearningRate, public 
 
   Hyperparameters hyperparameters_;
   std::map<int64_t, at::Tensor> momentum_buffers_;
-  std::unordered_map<at::Device, at::Tensor> workspaces_;  // CUDA devices only
+  std::unordered_map<at::Device, std::vector<at::Tensor>> workspaces_;  // CUDA devices only
 };
 
 }  // namespace fused_lars

@@ -108,7 +108,7 @@ class LARS : public torch::optim::Optimizer {
  private:
   void check_distinct(const std::vector<at::Tensor>& params, size_t group) const;
 
-  std::unordered_map<at::Device, at::Tensor> workspaces_;
+  std::unordered_map<at::Device, std::vector<at::Tensor>> workspaces_;
 };
 
 }  // namespace fused_lars
