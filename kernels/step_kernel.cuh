@@ -63,23 +63,24 @@ __device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, Wo
                                          p.group(row.group).hyperparameters.layer_adaptation);
 
   const uint64_t offset = static_cast<uint64_t>(item.tile) * Types::kTile;
-  bool aligned = true;
-  const auto locate = [&](auto* tensor) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % (sizeof(*tensor) * Types::kVector) == 0;
+  auto& tile = work.tile;
+  uint32_t misaligned = 0;
+  const auto locate = [&](auto* tensor, uint32_t bit) {
+    if (reinterpret_cast<uintptr_t>(tensor) % (sizeof(*tensor) * Types::kVector) != 0) misaligned |= bit;
     return tensor + offset;
   };
-  auto& tile = work.tile;
-  tile.weight = locate(static_cast<typename Types::Weight*>(row.weight));
-  tile.grad = locate(static_cast<const typename Types::Grad*>(row.grad));
+  tile.weight = locate(static_cast<typename Types::Weight*>(row.weight), tile.kWeight);
+  tile.grad = locate(static_cast<const typename Types::Grad*>(row.grad), tile.kGrad);
   tile.momentum_buffer = nullptr;
   if (row.momentum_buffer != nullptr) {
-    tile.momentum_buffer = locate(static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer));
+    tile.momentum_buffer =
+        locate(static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer), tile.kMomentumBuffer);
   }
   if constexpr (Types::kHasMaster) {
-    tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor));
+    tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor), tile.kParam);
   }
   tile.count = item.tile + 1 == tiles ? row.last_tile : Types::kTile;
-  tile.vectors = aligned ? tile.count : 0;
+  tile.misaligned = misaligned;
 }
 
 __device__ __forceinline__ double learning_rate(const GroupRow& group) {

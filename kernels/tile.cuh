@@ -101,23 +101,25 @@ __device__ __forceinline__ T load_hinted(const T* from) {
   return kLast ? __ldcs(from) : __ldcg(from);
 }
 
-// kVector elements at `from`: by one access, or one by one, of which `inside` exist and the others are 0.
+// kVector elements at `from`, of which `inside` exist and the others are 0: by one access if all exist and
+// are aligned for it, else one by one, where L1 makes up for the sectors that several accesses share. (No
+// element is read after it was written in the same launch, so L1 cannot be stale.)
 template <bool kLast, typename T, int kVector>
-__device__ __forceinline__ void load(Packed<T, kVector>& to, const T* from, bool vector, int inside) {
+__device__ __forceinline__ void load(Packed<T, kVector>& to, const T* from, bool aligned, int inside) {
   using A = Access<Packed<T, kVector>>;
-  if (vector) {
+  if (aligned && inside >= kVector) {
     const A loaded = load_hinted<kLast>(reinterpret_cast<const A*>(from));
     memcpy(to.words, &loaded, sizeof loaded);
   } else {
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) to.set(e, e < inside ? load_hinted<kLast>(from + e) : T(0.0f));
+    for (int e = 0; e < kVector; ++e) to.set(e, e < inside ? __ldca(from + e) : T(0.0f));
   }
 }
 
 template <typename T, int kVector>
-__device__ __forceinline__ void store(const Packed<T, kVector>& from, T* to, bool vector, int inside) {
+__device__ __forceinline__ void store(const Packed<T, kVector>& from, T* to, bool aligned, int inside) {
   using A = Access<Packed<T, kVector>>;
-  if (vector) {
+  if (aligned && inside >= kVector) {
     A stored;
     memcpy(&stored, from.words, sizeof stored);
     __stcs(reinterpret_cast<A*>(to), stored);
@@ -137,7 +139,8 @@ struct Tile {
   typename Types::MomentumBuffer* momentum_buffer;  // null without momentum
   typename Types::Param* param;                     // where the weight is its master
   uint32_t count;                                   // elements
-  uint32_t vectors;  // elements that may be accessed by vectors: count, or 0 where a pointer is misaligned
+  uint32_t misaligned;                              // the pointers that may not be accessed by vectors
+  enum : uint32_t { kWeight = 1, kGrad = 2, kMomentumBuffer = 4, kParam = 8 };
 };
 
 // A block's hold on one tile. All threads call all of its functions together.
@@ -154,12 +157,13 @@ class TileAgent {
 
   template <bool kUpdate>
   __device__ __forceinline__ void load(const Tile<Types>& tile) {
-    for_each_vector(tile, [&](int k, uint32_t first, bool vector, int inside) {
-      fused_lars::load<kUpdate>(weight_[k], tile.weight + first, vector, inside);
-      fused_lars::load<kUpdate>(grad_[k], tile.grad + first, vector, inside);
+    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
+      fused_lars::load<kUpdate>(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
+      fused_lars::load<kUpdate>(grad_[k], tile.grad + first, !(misaligned & tile.kGrad), inside);
       momentum_buffer_[k] = {};
       if (kUpdate && tile.momentum_buffer != nullptr) {
-        fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first, vector, inside);
+        fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first,
+                               !(misaligned & tile.kMomentumBuffer), inside);
       }
     });
   }
@@ -192,24 +196,25 @@ class TileAgent {
   }
 
  private:
-  // Calls f(k, first element, by vector?, else how many elements exist) for each of this thread's vectors.
+  // Calls f(k, first element, how many exist from there, misaligned) for each of this thread's vectors. Of a
+  // whole and aligned tile the compiler knows the last two.
   template <typename F>
   static __device__ __forceinline__ void for_each_vector(const Tile<Types>& tile, const F& f) {
     const uint32_t first = threadIdx.x * kVector;
-    if (tile.vectors == Types::kTile) {
+    if (tile.count == Types::kTile && tile.misaligned == 0) {
 #pragma unroll
-      for (int k = 0; k < kVectorsPerThread; ++k) f(k, first + k * kThreads * kVector, true, kVector);
+      for (int k = 0; k < kVectorsPerThread; ++k) f(k, first + k * kThreads * kVector, kVector, 0);
     } else {
 #pragma unroll
       for (int k = 0; k < kVectorsPerThread; ++k) {
         const uint32_t begin = first + k * kThreads * kVector;
-        f(k, begin, begin + kVector <= tile.vectors, static_cast<int>(tile.count) - static_cast<int>(begin));
+        f(k, begin, static_cast<int>(tile.count) - static_cast<int>(begin), tile.misaligned);
       }
     }
   }
 
   __device__ __forceinline__ void update_elements(const Tile<Types>& tile, const Coefficients<Compute>& c) {
-    for_each_vector(tile, [&](int k, uint32_t first, bool vector, int inside) {
+    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
       Packed<typename Types::Param, kVector> param;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
@@ -220,11 +225,14 @@ class TileAgent {
         momentum_buffer_[k].set(e, static_cast<typename Types::MomentumBuffer>(momentum_buffer));
         if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
       }
-      store(weight_[k], tile.weight + first, vector, inside);
+      store(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
       if (tile.momentum_buffer != nullptr) {
-        store(momentum_buffer_[k], tile.momentum_buffer + first, vector, inside);
+        store(momentum_buffer_[k], tile.momentum_buffer + first, !(misaligned & tile.kMomentumBuffer),
+              inside);
       }
-      if constexpr (Types::kHasMaster) store(param, tile.param + first, vector, inside);
+      if constexpr (Types::kHasMaster) {
+        store(param, tile.param + first, !(misaligned & tile.kParam), inside);
+      }
     });
   }
 

@@ -129,12 +129,19 @@ def make_optimizer(leaves: list[Leaf], *, tensor_lr=False, **options) -> LARS:
     return optimizer
 
 
+def _is_half(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
 def run(
     implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
 ) -> Tensor:
     """A step; returns the trust ratios, fp64 on the CPU."""
-    if implementation == "op":
-        ratios = call_op(leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf)
+    # Beside a master the optimizer keeps no buffer of 16 bits, which the ops take.
+    for_ops = any(leaf.master_param is not None and _is_half(leaf.momentum_buffer) for leaf in leaves)
+    if implementation == "op" or for_ops:
+        op = "reference_step_" if implementation == "foreach" else "step_"
+        ratios = call_op(leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf, op=op)
         return ratios.cpu()
     optimizer = make_optimizer(leaves, tensor_lr=tensor_lr, **{implementation: True})
     # As GradScaler hands them over.

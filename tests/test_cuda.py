@@ -177,9 +177,10 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
     assert all(map(same_bits, params, alone))
 
 
+@pytest.mark.parametrize("only_grads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_misaligned_tensors_get_the_same_bits_cuda(dtype):
-    """The scalar path sums and updates as the vector path does."""
+def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
+    """The scalar path sums and updates as the vector path does. DDP's bucket views misalign gradients alone."""
 
     def shifted(x):
         storage = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
@@ -187,7 +188,7 @@ def test_misaligned_tensors_get_the_same_bits_cuda(dtype):
         return storage[1:]
 
     params = make_params(dtype=dtype)
-    moved = [nn.Parameter(shifted(p.detach())) for p in params]
+    moved = [nn.Parameter(p.detach().clone() if only_grads else shifted(p.detach())) for p in params]
     for p, m in zip(params, moved):
         m.grad = shifted(p.grad)
     optimizers = [LARS(x, lr=0.5, **OPTIONS) for x in (params, moved)]
