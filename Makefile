@@ -10,7 +10,6 @@ TORCH ?= torch==2.14.1
 JOBS ?= $(shell nproc)
 
 VENV := $(CURDIR)/.venv
-STAMP := $(subst =,,$(TORCH)).stamp
 export PATH := $(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
@@ -18,28 +17,28 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 .PHONY: train test bench build train-cpp sanitize format lint googletest clean
 .DELETE_ON_ERROR:
 
-train: $(VENV)/examples-$(STAMP) build
+train: $(VENV)/examples.stamp build
 	python examples/digits.py
 
-test: $(VENV)/test-$(STAMP) googletest
+test: $(VENV)/test.stamp googletest
 	$(MAKE) build CMAKE_FLAGS=-DFUSED_LARS_TESTS=ON
 	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS)
 	python -m pytest
 
-bench: $(VENV)/bench-$(STAMP) build
+bench: $(VENV)/bench.stamp build
 	python benchmarks/step.py
 
 # ---------------------------------------------------------------- build
 
 # Installed into the package, so that the checkout is as complete as an installed wheel.
-build: $(VENV)/build-$(STAMP)
+build: $(VENV)/build.stamp
 	cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(VENV)/bin/python \
 	    -DCMAKE_INSTALL_PREFIX=$(CURDIR)/torch_ext/fused_lars $(CMAKE_FLAGS)
 	cmake --build build --parallel $(JOBS)
 	cmake --install build >/dev/null
 
 # A program without Python that trains a model saved by one with it.
-train-cpp: $(VENV)/examples-$(STAMP) build
+train-cpp: $(VENV)/examples.stamp build
 	$(MAKE) -C examples/train_without_python BUILD=$(CURDIR)/build/train_without_python
 
 # The C++ tests under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
@@ -47,7 +46,7 @@ sanitize: sanitize-address sanitize-thread
 
 SANITIZERS_address := address,undefined
 SANITIZERS_thread := thread
-sanitize-%: $(VENV)/build-$(STAMP) googletest
+sanitize-%: $(VENV)/build.stamp googletest
 	cmake -S . -B build/$* -G Ninja -DPython3_EXECUTABLE=$(VENV)/bin/python -DFUSED_LARS_CUDA=0 \
 	    -DFUSED_LARS_TESTS=ON -DFUSED_LARS_SANITIZE=$(SANITIZERS_$*)
 	cmake --build build/$* --parallel $(JOBS)
@@ -80,15 +79,20 @@ $(VENV)/lint.stamp: pyproject.toml | $(VENV)/bin/python
 	pip install --quiet --group lint
 	@touch $@
 
-$(VENV)/%-$(STAMP): pyproject.toml | $(VENV)/bin/python
+$(VENV)/%.stamp: pyproject.toml $(VENV)/torch.txt | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
 	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }
 	@touch $@
 
+# Newer than the stamps only when another torch is asked for than the last time.
+$(VENV)/torch.txt: FORCE | $(VENV)/bin/python
+	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' >$@
+FORCE:
+
 # nvcc for the torch that is installed, where the CUDA part is wanted and the machine has no toolkit.
 ifeq ($(FUSED_LARS_CUDA)$(shell command -v nvcc || command -v /usr/local/cuda/bin/nvcc),1)
 build: $(VENV)/toolkit.stamp
-$(VENV)/toolkit.stamp: $(VENV)/build-$(STAMP)
+$(VENV)/toolkit.stamp: $(VENV)/build.stamp
 	pip install "cuda-toolkit[nvcc,cccl,cudart]==$$(python -c 'from importlib.metadata import version; print(version("cuda-toolkit"))')"
 	@touch $@
 endif

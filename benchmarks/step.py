@@ -261,10 +261,13 @@ def parse_options():
     parser.add_argument(
         "--output",
         type=pathlib.Path,
-        default="step.png",
+        default=pathlib.Path("step.png"),
         help="the plot; the numbers go beside it as .json (%(default)s)",
     )
     options = parser.parse_args()
+    # Now, not when all is done.
+    if options.output.suffix != ".png" or not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
     if options.quick:
         options.seconds = 0
     return options

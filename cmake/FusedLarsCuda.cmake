@@ -38,6 +38,8 @@ function(fused_lars_find_nvcc major nvcc_variable reason_variable)
       set(reason "${nvcc} does not run")
     elseif(NOT CMAKE_MATCH_2 STREQUAL major)
       set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, torch is built for CUDA ${FUSED_LARS_TORCH_CUDA_VERSION}")
+    elseif(CMAKE_MATCH_1 VERSION_LESS 12.1)  # kernel parameters of 32 KB
+      set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, the kernels need 12.1 or newer")
     else()
       execute_process(COMMAND "${nvcc}" -std=c++17 -E "${probe}" RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
       if(NOT failed)

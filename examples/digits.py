@@ -232,22 +232,35 @@ def plot(rows, options, path):
     figure.savefig(path, dpi=130)
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: 1 and more")
+    return int(text)
+
+
 def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, help="for every batch size alike (40)")
-    parser.add_argument("--seeds", type=int, help="networks to train for each entry of the table (5)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="32 64 128 256 640 1280; with --tune, 32")
+    parser.add_argument("--epochs", type=positive, help="for every batch size alike (40)")
+    parser.add_argument("--seeds", type=positive, help="networks to train for each entry of the table (5)")
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", help="32 64 128 256 640 1280; with --tune, 32"
+    )
     parser.add_argument("--tune", action="store_true", help="cross-validate base rates instead, see above")
     parser.add_argument("--quick", action="store_true", help="10 epochs, 2 seeds, batch sizes 128 and 1280")
     parser.add_argument(
         "--output",
         type=pathlib.Path,
-        default="digits.png",
+        default=pathlib.Path("digits.png"),
         help="the plot; the numbers go beside it as .json (%(default)s)",
     )
     options = parser.parse_args()
+    if max(options.batch_sizes or [0]) > TRAINING_IMAGES:
+        parser.error(f"--batch-sizes {max(options.batch_sizes)}: there are {TRAINING_IMAGES} images")
+    # Now, not when all is done.
+    if options.output.suffix != ".png" or not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
     options.epochs = options.epochs or (10 if options.quick else 40)
     options.seeds = options.seeds or (2 if options.quick else 5)
     options.batch_sizes = options.batch_sizes or (
@@ -272,8 +285,9 @@ def main():
         print(table_of_rates(rows))
     elif first:
         options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        print(table_of_accuracies(rows, options))
         plot(rows, options, options.output)
-        print(table_of_accuracies(rows, options), f"\nPlot: {options.output}", sep="\n")
+        print(f"\nPlot: {options.output}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,11 +10,13 @@ MLPerf's ResNet-50 results were trained with bring their hyperparameters along (
 Checkpoints go to OUTPUT/step-N, and the same command goes on from the newest: with as many processes the run
 is the same to the bit as one that was never interrupted, since a step's images, their augmentation and its
 random numbers depend on the seed and the step alone. With another number of processes it is the same to
-rounding. OUTPUT/log.csv has loss and learning rate, OUTPUT/trust_ratios.csv a column for each layer.
+rounding. Other hyperparameters are another run, which wants another OUTPUT. OUTPUT/log.csv has loss and
+learning rate, OUTPUT/trust_ratios.csv a column for each layer.
 """
 
 import argparse
 import csv
+import json
 import math
 import os
 import pathlib
@@ -42,6 +44,8 @@ PRESETS = {
     32768: {"lr": 27.5, "momentum": 0.9321, "weight_decay": 1e-4, "warmup_epochs": 16, "epochs": 60},
     67456: {"lr": 24.7, "momentum": 0.9518, "weight_decay": 1e-4, "warmup_epochs": 31, "epochs": 90},
 }
+# What makes a run what it is; the others may change when it goes on.
+OF_A_RUN = ("model", "batch_size", *PRESETS[3264], "trust_coefficient", "image_size", "seed")
 
 
 # ---------------------------------------------------------------- data
@@ -179,11 +183,24 @@ class Run:
         average_statistics(self.model)
         checkpoint.save({"run": self}, checkpoint_id=output / f"step-{self.step}")
 
-    def resume(self, output: pathlib.Path) -> None:
+    def resume(self, options) -> None:
+        """Goes on from the newest checkpoint, if there is one and it is of the same run."""
         # The metadata are written last, so what has none is incomplete.
-        complete = [int(path.parent.name[5:]) for path in output.glob("step-*/.metadata")]
+        complete = [int(path.parent.name[5:]) for path in options.output.glob("step-*/.metadata")]
+        own, file = {name: getattr(options, name) for name in OF_A_RUN}, options.output / "run.json"
         if complete:
-            checkpoint.load({"run": self}, checkpoint_id=output / f"step-{max(complete)}")
+            saved = json.loads(file.read_text())
+            others = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved[name] != own[name]]
+            if others:
+                raise SystemExit(
+                    f"{options.output} holds a run with {'; '.join(others)}: give another --output"
+                )
+            checkpoint.load({"run": self}, checkpoint_id=options.output / f"step-{max(complete)}")
+        if dist.get_rank() == 0:
+            options.output.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(own, indent=1) + "\n")
+            if complete:
+                print(f"{options.output}: going on from step {self.step}", flush=True)
 
 
 class Log:
@@ -248,7 +265,7 @@ def train(options, device: torch.device) -> Run:
     model = build_model(options, len(training.classes), device)
     optimizer, schedule = build_optimizer(options, model, steps_an_epoch)
     run = Run(model, optimizer, schedule)
-    run.resume(options.output)
+    run.resume(options)
 
     last = options.epochs * steps_an_epoch
     sampler = MicroBatches(len(training), options, run.step, last)
@@ -261,7 +278,6 @@ def train(options, device: torch.device) -> Run:
 
     first_rank = dist.get_rank() == 0
     if first_rank:
-        options.output.mkdir(parents=True, exist_ok=True)
         log = Log(options.output / "log.csv", ["epoch", "loss", "lr", "accuracy"], run.step)
         ratio_log = Log(options.output / "trust_ratios.csv", [*adapted], run.step)
     model.train()
@@ -290,32 +306,49 @@ def train(options, device: torch.device) -> Run:
     return run
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: 1 and more")
+    return int(text)
+
+
 def parse_options(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=pathlib.Path, help="a folder with train/ and val/")
-    parser.add_argument("--model", default="resnet50", help="a torchvision model (%(default)s)")
+    parser.add_argument(
+        "--model", default="resnet50", help="a torchvision model that returns logits (%(default)s)"
+    )
     parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="(%(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, default=3264, help="of a step over all processes (%(default)s)"
+        "--batch-size", type=positive, default=3264, help="of a step over all processes (%(default)s)"
     )
-    parser.add_argument("--micro-batch", type=int, default=256, help="images a process at once (%(default)s)")
+    parser.add_argument(
+        "--micro-batch", type=positive, default=256, help="images a process at once (%(default)s)"
+    )
     for name in PRESETS[3264]:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "epochs" else float)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive if name == "epochs" else float)
     parser.add_argument("--trust-coefficient", type=float, default=0.001, help="(%(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="0 to 1,023 (%(default)s)")
+    parser.add_argument("--image-size", type=positive, default=224, help="(%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, choices=range(1024), default=0, metavar="SEED", help="0 to 1,023 (%(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=8, help="that load images, a process (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default="imagenet-run", help="(%(default)s)")
-    parser.add_argument("--checkpoint-every", type=int, help="steps; an epoch if not given")
-    parser.add_argument("--log-every", type=int, default=10, help="steps (%(default)s)")
+    parser.add_argument("--checkpoint-every", type=positive, help="steps; an epoch if not given")
+    parser.add_argument("--log-every", type=positive, default=10, help="steps (%(default)s)")
     options = parser.parse_args(arguments)
     if options.batch_size not in PRESETS and options.lr is None:
         parser.error(f"no preset for this batch size, only for {', '.join(map(str, PRESETS))}: give --lr")
     for name, value in PRESETS.get(options.batch_size, PRESETS[3264]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if not 0 <= options.warmup_epochs < options.epochs:
+        parser.error(f"--warmup-epochs {options.warmup_epochs} of --epochs {options.epochs} leave no decay")
+    for part in ("train", "val"):
+        if not (options.data / part).is_dir():
+            parser.error(f"{options.data / part} is no folder")
     return options
 
 

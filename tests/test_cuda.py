@@ -180,7 +180,7 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
 @pytest.mark.parametrize("only_grads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
-    """The scalar path sums and updates as the vector path does. DDP's bucket views misalign gradients alone."""
+    """The scalar path sums and updates as the vector path does. DDP's bucket views misalign gradients."""
 
     def shifted(x):
         storage = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")

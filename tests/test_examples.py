@@ -77,6 +77,27 @@ def test_digits_plot_shows_both_optimizers(digits):
     assert has_colour(image, "#d9730d")
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("examples/digits.py", ["--epochs", 0], "allowed: 1 and more"),
+        ("examples/digits.py", ["--batch-sizes", 64, 5000], "there are 1280 images"),
+        ("examples/digits.py", ["--output", "nowhere/digits.png"], "a folder that exists"),
+        ("benchmarks/step.py", ["--output", "step.json"], "allowed is a .png"),
+    ],
+)
+def test_bad_options_are_found_before_the_work(script, arguments, message):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_digits_under_torchrun_gives_the_same_table(digits, tmp_path):
     printed, rows, _ = digits
     plot = tmp_path / "digits.png"

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -108,9 +109,30 @@ def test_under_torchrun_and_then_alone(data, tmp_path):
     ]
 
 
+def refused(data, *arguments) -> str:
+    result = subprocess.run([sys.executable, SCRIPT, data, *arguments], capture_output=True, text=True)
+    assert result.returncode != 0
+    return result.stderr
+
+
 def test_batch_size_without_preset(data):
-    result = subprocess.run(
-        [sys.executable, SCRIPT, data, "--batch-size=100"], capture_output=True, text=True
+    message = refused(data, "--batch-size=100")
+    assert "no preset for this batch size, only for 3264, 32768, 67456: give --lr" in message
+
+
+def test_options_that_make_no_run(data):
+    assert "--warmup-epochs 16 of --epochs 3 leave no decay" in refused(
+        data, "--batch-size=32768", "--epochs=3"
     )
-    assert result.returncode == 2
-    assert "no preset for this batch size, only for 3264, 32768, 67456: give --lr" in result.stderr
+    assert "allowed: 1 and more" in refused(data, "--batch-size=0")
+    assert "is no folder" in refused(data / "train")
+
+
+def test_another_run_does_not_go_on_with_a_checkpoint(data, tmp_path):
+    """It would take the old schedule to its end: a learning rate of 0."""
+    arguments = [*ARGUMENTS, f"--output={tmp_path}"]
+    subprocess.run([sys.executable, SCRIPT, data, *arguments], check=True, capture_output=True)
+    message = refused(data, *arguments, "--lr=5", "--epochs=9")
+    assert re.search("holds a run with lr .*, not 5.0; epochs .*, not 9: give another --output", message)
+    went_on = subprocess.run([sys.executable, SCRIPT, data, *arguments], capture_output=True, text=True)
+    assert "going on from step 16" in went_on.stdout

@@ -390,8 +390,8 @@ class LARS(Optimizer):
         Returns:
             A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has
             no fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
-            ``GradScaler`` skipped leaves the ratios of the step before. Steps that ran under
-            ``torch.compile`` are not recorded.
+            ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
+            1: look for NaN in gradients, not here. Steps that ran under ``torch.compile`` are not recorded.
         """
         result: dict[Tensor, Tensor] = {}
         for ratios in self._trust_ratios.values():
