@@ -122,6 +122,37 @@ TEST(LARS, MasterWeightsKeepWhatHalfPrecisionWouldLose) {
 
 // A group keeps what it was given, also where that is the value of a fresh LARSOptions, and has the
 // optimizer's defaults for the rest.
+TEST(LARS, DampeningThatComesLaterDampsTheBufferThatIsThere) {
+  const auto param = leaf({4}, 1, torch::kDouble);
+  expected::Parameter want(param);
+  LARS optimizer(std::vector<torch::Tensor>{param}, LARSOptions(0.1).momentum(0.9).classic_momentum(false));
+  expected::Settings settings{.lr = 0.1, .momentum = 0.9, .classic_momentum = false};
+  for (const double dampening : {0.0, 0.5}) {
+    options_of(optimizer, 0).dampening(dampening);
+    settings.dampening = dampening;
+    for (int step = 0; step < 2; ++step) {
+      set_grads({param}, step);
+      want.step(settings, param.grad());
+      optimizer.step();
+    }
+  }
+  expect_close(param, want);
+}
+
+TEST(LARS, MastersThatComeLaterWidenTheBufferThatIsThere) {
+  const auto param = leaf({4}, 1, torch::kHalf);
+  LARS optimizer(std::vector<torch::Tensor>{param}, LARSOptions(0.1).momentum(0.9));
+  set_grads({param}, 1);
+  optimizer.step();
+  const auto before = state_of(optimizer, param).momentum_buffer().clone();
+  options_of(optimizer, 0).master_weights(true);
+  options_of(optimizer, 0).lr(0);
+  optimizer.step();
+  const auto after = state_of(optimizer, param).momentum_buffer();
+  EXPECT_EQ(after.scalar_type(), torch::kFloat);
+  EXPECT_TRUE(torch::allclose(after, before.to(torch::kFloat) * 0.9));
+}
+
 TEST(LARS, GroupsInheritWhatTheyLeaveOut) {
   const auto defaults = LARSOptions(0.25)
                             .momentum(0.9)
