@@ -280,7 +280,7 @@ class LARS(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(
                         p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                     )
-                    if has_step:
+                    if has_step and "step" not in state:
                         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 elif has_master and state["momentum_buffer"].dtype in _HALF:
                     state["momentum_buffer"] = state["momentum_buffer"].to(torch.float32)
