@@ -16,6 +16,9 @@ HYPERPARAMETERS = (
 )  # fmt: skip
 _get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 
+# Parameters of these dtypes may have fp32 state.
+HALF = (torch.float16, torch.bfloat16)
+
 # The op's kernel for meta tensors checks its arguments and does nothing else.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
@@ -118,6 +121,14 @@ class Workspace:
         memory = self.tensor.untyped_storage()
         if memory.data_ptr() != self._memory[-1].data_ptr():
             self._memory.append(memory)
+
+
+class Workspaces(dict[torch.device, Workspace]):
+    """One for each device; one that is missing is made."""
+
+    def __missing__(self, device) -> Workspace:
+        workspace = self[device] = Workspace(device)
+        return workspace
 
 
 def way_to_compute(group) -> tuple[bool, bool]:

@@ -1,6 +1,5 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
-import numbers
 import re
 import sys
 
@@ -8,15 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .op_call import HYPERPARAMETERS, OpCalls, TrustRatios, Workspace, parameter_name, way_to_compute
+from .checks import check_group, check_params, check_state
+from .op_call import HALF, OpCalls, TrustRatios, Workspaces, parameter_name, way_to_compute
 
 __all__ = ["LARS"]
 
 # How this process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
-
-_HALF = (torch.float16, torch.bfloat16)
-_FUSED_DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
 class LARS(Optimizer):
@@ -140,7 +137,7 @@ class LARS(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        _check_group(defaults)
+        check_group(defaults)
         self._make_scratch()
         self._sharding = None
         super().__init__(params, defaults)
@@ -160,7 +157,7 @@ class LARS(Optimizer):
         """What calls write and no state_dict holds, by the keys of OpCalls."""
         self._trust_ratios: dict[tuple, TrustRatios] = {}  # of the last step
         self._captured_trust_ratios: list[TrustRatios] = []  # that graphs go on to write
-        self._workspaces: dict[torch.device, Workspace] = {}
+        self._workspaces = Workspaces()
 
     def add_param_group(self, param_group) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
@@ -171,10 +168,10 @@ class LARS(Optimizer):
         # What is no dict, or holds an unordered set, is the base class's error.
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             group = {**self.defaults, **param_group}
-            _check_group(group)
+            check_group(group)
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
-            _check_params(params, fused=group["fused"])
+            check_params(params, fused=group["fused"])
         super().add_param_group(param_group)
         try:
             self._prepare_sharding(len(self.param_groups) - 1)
@@ -212,7 +209,7 @@ class LARS(Optimizer):
             for saved_id, param in self._saved_ids(loaded):
                 for key, value in loaded["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
-                        exact = key == "step" or (value.dtype == torch.float32 and param.dtype in _HALF)
+                        exact = key == "step" or (value.dtype == torch.float32 and param.dtype in HALF)
                         self.state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
 
         handles = (
@@ -242,17 +239,20 @@ class LARS(Optimizer):
                     f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
                     f"only {sorted(k for k in group if k != 'params')}"
                 )
-            _check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
+            check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
         saved, own = (
             [len(group["params"]) for group in groups]
             for groups in (state_dict["param_groups"], self.param_groups)
         )
         if saved != own:
             return  # the base class has the error
+        sharding = _sharding_module()
         for saved_id, param in self._saved_ids(state_dict):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if key in ("momentum_buffer", "master_param", "step"):
-                    _check_state(saved_id, key, value, param)
+                    check_state(saved_id, key, value, param)
+                    if sharding and key != "step":
+                        sharding.check_state(saved_id, key, value, param)
 
     def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
@@ -268,27 +268,27 @@ class LARS(Optimizer):
             if not has_momentum and not master_weights:
                 continue
             state = self.state[p]
-            has_master = master_weights and p.dtype in _HALF
+            has_master = master_weights and p.dtype in HALF
             if has_master:
                 if "master_param" not in state:
                     state["master_param"] = p.detach().to(torch.float32)
                 master_params.append(state["master_param"])
-            if has_momentum:
-                if "momentum_buffer" not in state:
-                    # Zeros, so that a first step that AMP skips leaves a valid buffer.
-                    dtype = torch.float32 if has_master else p.dtype
-                    state["momentum_buffer"] = torch.zeros_like(
-                        p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-                    )
-                    if has_step and "step" not in state:
-                        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                elif has_master and state["momentum_buffer"].dtype in _HALF:
-                    state["momentum_buffer"] = state["momentum_buffer"].to(torch.float32)
-                momentum_buffers.append(state["momentum_buffer"])
+            if not has_momentum:
+                continue
+            had_buffer = "momentum_buffer" in state
+            if not had_buffer:
+                # Zeros, so that a first step that AMP skips leaves a valid buffer.
+                dtype = torch.float32 if has_master else p.dtype
+                state["momentum_buffer"] = torch.zeros_like(
+                    p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                )
+            elif has_master and state["momentum_buffer"].dtype in HALF:
+                state["momentum_buffer"] = state["momentum_buffer"].to(torch.float32)
+            momentum_buffers.append(state["momentum_buffer"])
             if has_step:
                 if "step" not in state:
-                    # The buffer was there before dampening was, so this is no first update.
-                    state["step"] = torch.ones((), dtype=torch.float32, device=p.device)
+                    # A buffer that was there before dampening was has seen its first update.
+                    state["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
 
     @_use_grad_for_differentiable
@@ -326,7 +326,7 @@ class LARS(Optimizer):
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
-                workspace = self._workspace_on(call.device)
+                workspace = self._workspaces[call.device]
                 try:
                     call.run(
                         grad_scale, found_inf, self._trust_ratios[key].tensor, workspace.tensor, check_only
@@ -368,12 +368,6 @@ class LARS(Optimizer):
                     return f" ({parameter_name(group, group_index, index)})"
         return ""
 
-    def _workspace_on(self, device) -> Workspace:
-        workspace = self._workspaces.get(device)
-        if workspace is None:
-            workspace = self._workspaces[device] = Workspace(device)
-        return workspace
-
     def _trust_ratios_of(self, key, params) -> TrustRatios:
         device, ids = key[0], [*map(id, params)]
         ratios = self._trust_ratios.get(key)
@@ -407,60 +401,3 @@ def _sharding_module():
     from . import sharding
 
     return sharding
-
-
-def _check_group(group) -> None:
-    """Checks a group's options, defaults filled in."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}")
-        # The value of a tensor on an accelerator is not read: that would wait for the device.
-        lr = lr.item() if lr.device.type == "cpu" else 0.0
-    for name in HYPERPARAMETERS[:6]:
-        if not isinstance(group[name] if name != "lr" else lr, numbers.Real):
-            raise ValueError(f"{name} is {group[name]!r}; allowed: a number")
-    torch.ops.fused_lars.check_hyperparameters.default(
-        lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"]
-    )
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if group["fused"] and group["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-
-
-def _check_state(saved_id, key: str, value, param: Tensor) -> None:
-    """Checks a value in the state of a state_dict."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{key} of parameter {saved_id} in the state_dict is {value!r}; expected a Tensor")
-    shape = () if key == "step" else param.shape
-    if value.shape != shape:
-        of_what = "no dimensions" if key == "step" else f"the shape of the parameter, {tuple(shape)}"
-        got = f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}"
-        raise ValueError(f"{got}; expected {of_what}")
-    sharding = _sharding_module()
-    if sharding and key != "step":
-        sharding.check_state(saved_id, key, value, param)
-
-
-def _check_params(params, fused) -> None:
-    for index, param in enumerate(params):
-        if isinstance(param, tuple):
-            index, param = param
-        if not isinstance(param, Tensor):
-            continue  # the base class has the error
-        if param.layout != torch.strided:
-            raise ValueError(f"parameter {index} has layout {param.layout}; allowed: torch.strided")
-        if not fused:
-            continue
-        if param.dtype not in _FUSED_DTYPES:
-            raise RuntimeError(
-                f"`fused=True`: parameter {index} has dtype {param.dtype}; "
-                f"allowed: {', '.join(map(str, _FUSED_DTYPES))}"
-            )
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(param.device.type)
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key):
-            raise RuntimeError(
-                f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused "
-                "kernel; fused_lars.show_config() says what was built"
-            )

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .op_call import OpCall, OpCalls, Workspace, on_device, parameter_name, way_to_compute
+from .op_call import HALF, OpCall, OpCalls, Workspace, Workspaces, on_device, parameter_name, way_to_compute
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def has_dtensors(group, group_index: int) -> bool:
@@ -79,7 +78,7 @@ class Sharding:
         self._param_ids: list[int] = []
         self._dtensors: list[DTensor] = []
         self._rank_sets: dict[torch.device, list[_RankSet]] = {}
-        self._workspaces: dict[torch.device, Workspace] = {}
+        self._workspaces = Workspaces()
 
     @torch._disable_dynamo
     def calls(self, optimizer, found_inf: Tensor | None) -> OpCalls:
@@ -147,9 +146,6 @@ class Sharding:
         self._rank_sets = {}
         for key in sorted(rank_sets):
             self._rank_sets.setdefault(rank_sets[key].device, []).append(rank_sets[key])
-        for device in self._rank_sets:
-            if device not in self._workspaces:
-                self._workspaces[device] = Workspace(device)
         self._param_ids = ids
 
 
@@ -173,7 +169,7 @@ class _Norms:
         weights, grads, _, masters, _ = local
         if masters:
             masters = iter(masters)
-            weights = [next(masters) if w.dtype in _HALF else w for w in weights]
+            weights = [next(masters) if w.dtype in HALF else w for w in weights]
         runs = self._runs[call]
         done = 0
         # Most often all have one, and need not be asked again.
