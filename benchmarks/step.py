@@ -10,9 +10,11 @@ that changes from round to round; gradients are written anew before each, as by 
 printed is the median over all rounds. All LARS do the same work: layer adaptation and weight decay on
 matrices and kernels, neither on vectors, momentum 0.9. SGD, which takes no norms, shows what they cost.
 
-On CUDA, times are between events around the step, and the table also has GB/s (20 bytes a parameter) and per
-cent of a device-to-device copy (8 bytes an element) in the same rounds. A peer that is not installed, or does
-not run on the device, is named and left out.
+On CUDA the device's time and the host's are measured apart, see timing.py: "ms" is the device's with a cold
+L2, as after a backward pass; "warm" follows another step; "graph" is a replay of a captured step; "host" is
+until the step is queued. The table also has GB/s (20 bytes a parameter) and per cent of a device-to-device
+copy (8 bytes an element) in the same rounds. A peer that is not installed, or does not run on the device, is
+named and left out.
 """
 
 import argparse
@@ -21,15 +23,15 @@ import pathlib
 import platform
 import random
 import statistics
-import time
+from time import perf_counter as time_now
 
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from timing import Timer
 
 import fused_lars
 
-EVENT_RESOLUTION_MS = 0.0005
 STEP_BYTES, ADD_BYTES, COPY_BYTES = 20, 12, 8
 ADD, COPY = "x.add_(y)", "x.copy_(y)"
 # A rate so small that thousands of steps with the same gradients leave the weights what they are.
@@ -72,7 +74,7 @@ def torch_sgd(**implementation):
 
 # Each imports its optimizer and returns a function that makes one for parameter groups.
 PEERS = {
-    "fused_lars": lambda: lambda groups: fused_lars.LARS(groups, **OPTIONS),
+    "fused_lars": lambda: lambda groups: fused_lars.LARS(groups, capturable=True, **OPTIONS),
     "timm": lambda: timm(foreach=False),
     "timm foreach": lambda: timm(foreach=True),
     "lightly": lightly,
@@ -130,23 +132,9 @@ def find_peers():
 # ---------------------------------------------------------------- timing
 
 
-def time_once(function, device):
-    """Milliseconds that a call takes."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return max(start.elapsed_time(end), EVENT_RESOLUTION_MS)
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def measure(shapes, makers, device, probe_elements, seconds):
-    """Median milliseconds by name, the number of rounds, and lines about what does not run on the device."""
+def measure(shapes, makers, options, probe_elements):
+    """Medians by name and kind, the number of rounds, and lines about what does not run on the device."""
+    device = options.device
     torch.manual_seed(0)
     params = [torch.nn.Parameter(0.05 * torch.randn(shape, device=device)) for shape in shapes]
     gradients = [1e-3 * torch.randn_like(p) for p in params]
@@ -157,6 +145,7 @@ def measure(shapes, makers, device, probe_elements, seconds):
         torch._foreach_copy_([p.grad for p in params], gradients)
 
     x, y = torch.zeros(probe_elements, device=device), torch.ones(probe_elements, device=device)
+    timer = Timer(device, y, most_copies=8 if options.quick else 512)
     timed, left_out = {ADD: lambda: x.add_(y)}, []
     if device == "cuda":
         timed[COPY] = lambda: x.copy_(y)
@@ -170,28 +159,48 @@ def measure(shapes, makers, device, probe_elements, seconds):
         else:
             timed[name] = optimizer.step
 
+    def time(name) -> dict[str, float]:
+        write_gradients()
+        if device == "cpu":
+            return {"ms": timer.host_ms(timed[name])}
+        kinds = {}
+        kinds["ms"], was_busy = timer.device_ms(timed[name])
+        kinds["idle"] = float(not was_busy)
+        if name not in (ADD, COPY):
+            kinds["warm_ms"], _ = timer.device_ms(timed[name], warm=True)
+            kinds["host_ms"] = timer.host_ms(timed[name])
+        return kinds
+
     order, shuffle = list(timed), random.Random(0).shuffle
-    times = {name: [] for name in timed}
-    end = time.perf_counter() + seconds
-    while len(times[ADD]) < 3 or time.perf_counter() < end:
+    rounds = []
+    end = time_now() + options.seconds
+    while len(rounds) < 3 or time_now() < end:
         shuffle(order)
-        for name in order:
-            write_gradients()
-            times[name].append(time_once(timed[name], device))
-    return {name: statistics.median(t) for name, t in times.items()}, len(times[ADD]), left_out
+        rounds.append({name: time(name) for name in order})
+    medians = {
+        name: {kind: statistics.median(times[name][kind] for times in rounds) for kind in rounds[0][name]}
+        for name in timed
+    }
+    if device == "cuda":
+        for name, kinds in medians.items():
+            graph_ms = None if name in (ADD, COPY) else timer.graph_ms(timed[name])
+            if graph_ms is not None:
+                kinds["graph_ms"] = graph_ms
+    return medians, len(rounds), left_out
 
 
 def run(workload, shapes, makers, options):
     """One set of shapes: a dict of figures, and lines about what was left out."""
     probe_elements = 2**22 if options.quick else 2**26
-    medians, rounds, left_out = measure(shapes, makers, options.device, probe_elements, options.seconds)
+    medians, rounds, left_out = measure(shapes, makers, options, probe_elements)
     parameters = sum(torch.Size(shape).numel() for shape in shapes)
-    add_gb_per_s = ADD_BYTES * probe_elements / medians.pop(ADD) / 1e6
-    copy_ms = medians.pop(COPY, None)
+    add_gb_per_s = ADD_BYTES * probe_elements / medians.pop(ADD)["ms"] / 1e6
+    copy_ms = medians.pop(COPY, {}).get("ms")
     floor_ms = STEP_BYTES * parameters / add_gb_per_s / 1e6
     steps = []
-    for name, ms in sorted(medians.items(), key=lambda item: item[1]):
-        step = {"optimizer": name, "ms": ms, "times_floor": ms / floor_ms}
+    for name, kinds in sorted(medians.items(), key=lambda item: item[1]["ms"]):
+        ms = kinds["ms"]
+        step = {"optimizer": name, **kinds, "times_floor": ms / floor_ms}
         if copy_ms is not None:
             step["gb_per_s"] = STEP_BYTES * parameters / ms / 1e6
             step["per_cent_of_copy"] = 100 * step["gb_per_s"] / (COPY_BYTES * probe_elements / copy_ms / 1e6)
@@ -218,7 +227,10 @@ def table(result):
     for step in result["steps"]:
         line = f"  {step['optimizer']:26} {step['ms']:9.3f} ms  {step['times_floor']:8.2f} x floor"
         if "gb_per_s" in step:
+            graph = f"{step['graph_ms']:.3f}" if "graph_ms" in step else "-"
             line += f"  {step['gb_per_s']:8.1f} GB/s  {step['per_cent_of_copy']:6.1f} % of copy"
+            line += f"  warm {step['warm_ms']:.3f}  graph {graph}  host {step['host_ms']:.3f}"
+            line += "  (the device was idle in between)" if step["idle"] else ""
         lines.append(line)
     return "\n".join(lines) + "\n"
 

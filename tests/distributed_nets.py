@@ -19,10 +19,11 @@ from fused_lars import LARS, param_groups
 
 WIDTH, SEQUENCE, BATCH = 12, 4, 8
 
-# How far two fp32 runs of 10 steps may be apart, see relative_to_all(), with u = 2^-24. Each run rounds a weight 10
-# times, by u / 2 at most: 10 u for both. A gradient adds up at most 32 terms in an order of its own; their errors
-# are random, so sqrt(32) u of it, and 10 steps move a weight by 0.83 of itself at most (lr 1, trust coefficient 0.02,
-# momentum 0.9): 10 u for both. Runs were up to 0.6 u apart on Intel and AMD, with AVX-512, AVX2 and SSE.
+# How far two fp32 runs of 10 steps may be apart, see relative_to_all(), with u = 2^-24.
+# Each run rounds a weight 10 times, by u / 2 at most: 10 u for both runs.
+# A gradient adds up at most 32 terms, in an order of its own. Their errors are random: sqrt(32) u of it.
+# 10 steps move a weight by at most 0.83 of itself (lr 1, trust coefficient 0.02, momentum 0.9): 10 u.
+# Measured: at most 0.6 u, on Intel and AMD, with AVX-512, AVX2 and SSE.
 TOLERANCE = 20 * 2.0**-24
 
 

@@ -1,0 +1,65 @@
+"""How long a call takes: the host by its clock, a GPU by events, each apart from the other.
+
+Events around a call on an idle GPU time the host, which queues work more slowly than the GPU does it. So the
+stream is kept busy with copies until the call has been queued. The copies also overwrite the L2.
+"""
+
+import time
+
+import torch
+
+_RESOLUTION_MS = 0.0005
+
+
+class Timer:
+    """Times calls on a device, "cpu" or "cuda".
+
+    `filler` is a tensor on a GPU, larger than its L2, to keep it busy with; at most `most_copies` of it are
+    queued before a call.
+    """
+
+    def __init__(self, device: str, filler: torch.Tensor, most_copies: int = 512) -> None:
+        self.device = device
+        self._filler, self._copy = filler, torch.empty_like(filler)
+        self._copies, self._most_copies = min(8, most_copies), most_copies
+
+    def host_ms(self, function) -> float:
+        """Milliseconds until the call returns, which on a GPU is until its work is queued."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+
+    def device_ms(self, function, warm: bool = False, calls: int = 1) -> tuple[float, bool]:
+        """Milliseconds of a GPU for one of `calls` calls in a row, and whether the GPU was busy throughout.
+
+        Before them the L2 holds other data or, if `warm`, what a call that is not timed left there. A call
+        that queues more work than a stream takes leaves the GPU idle in between, whatever is done here.
+        """
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        while True:
+            torch.cuda.synchronize()
+            for _ in range(self._copies):
+                self._copy.copy_(self._filler)
+            if warm:
+                function()
+            start.record()
+            for _ in range(calls):
+                function()
+            end.record()
+            was_busy = not start.query()
+            end.synchronize()
+            if was_busy or self._copies >= self._most_copies:
+                return max(start.elapsed_time(end), _RESOLUTION_MS) / calls, was_busy
+            self._copies *= 2
+
+    def graph_ms(self, function) -> float | None:
+        """Milliseconds of one of several replays of the call as a CUDA graph; None if it refuses capture."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        except RuntimeError:
+            return None
+        return self.device_ms(graph.replay, warm=True, calls=5)[0]
