@@ -3,26 +3,56 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include "norm_range.h"
 #include "rule.h"
 #include "step.h"
 
 namespace fused_lars {
 namespace {
 
-at::Tensor squared_norm(const at::Tensor& tensor) {
-  return tensor.to(norm_dtype(tensor.device())).square().sum();
+// A sum of squares of elements that were multiplied by `scale`; undefined stands for 1.
+struct ScaledNorm {
+  at::Tensor squared, scale;
+
+  at::Tensor norm_where(const at::Tensor& condition, const at::Tensor& otherwise) const {
+    const auto root = at::where(condition, squared, otherwise).sqrt();
+    return scale.defined() ? root / scale : root;
+  }
+};
+
+// norm_range.h's square_scale on tensors.
+template <typename T>
+at::Tensor square_scale(const at::Tensor& sum, int64_t count) {
+  using Range = SquareRange<T>;
+  const auto scalar = [&](double value) { return at::full({}, value, sum.options()); };
+  const auto fits =
+      (sum >= static_cast<double>(count) * Range::kLeast).logical_and(sum < scalar(Range::kBeyond));
+  return at::where(fits, scalar(1.0),
+                   at::where(sum < 1.0, scalar(Range::kScale), scalar(1.0 / Range::kScale)));
+}
+
+ScaledNorm scaled_norm(const at::Tensor& tensor) {
+  const auto dtype = norm_dtype(tensor.device());
+  const auto x = tensor.to(dtype);
+  const auto of_type = [&](at::ScalarType type) { return tensor.scalar_type() == type; };
+  const bool squares_fit = dtype == at::kDouble ? !of_type(at::kDouble) : of_type(at::kHalf);
+  if (squares_fit) return {x.square().sum(), {}};
+  const auto sum = x.detach().square().sum();
+  const auto scale =
+      dtype == at::kDouble ? square_scale<double>(sum, x.numel()) : square_scale<float>(sum, x.numel());
+  return {(x * scale).square().sum(), scale};
 }
 
 // rule.h's trust_ratio on tensors, without reading a value on the host. Where a norm is 0 the quotient is
 // taken of 1, so that no NaN enters the gradient of the branch that was not chosen.
-at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const at::Tensor& weight_squared_norm,
-                       const at::Tensor& grad_squared_norm, const at::Tensor& grad_scale) {
-  const auto one = at::ones_like(weight_squared_norm);
+at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const ScaledNorm& weight,
+                       const ScaledNorm& grad, const at::Tensor& grad_scale) {
+  const auto one = at::ones_like(weight.squared);
   auto q = one;
   if (h.layer_adaptation) {
-    const auto both = (weight_squared_norm > 0).logical_and(grad_squared_norm > 0);
-    const auto weight_norm = at::where(both, weight_squared_norm, one).sqrt();
-    const auto grad_norm = at::where(both, grad_squared_norm, one).sqrt() / grad_scale.abs();
+    const auto both = (weight.squared > 0).logical_and(grad.squared > 0);
+    const auto weight_norm = weight.norm_where(both, one);
+    const auto grad_norm = grad.norm_where(both, one) / grad_scale.abs();
     q = at::where(
         both, h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps), one);
   }
@@ -60,10 +90,14 @@ void step_reference(const Step& step) {
     if (c10::GradMode::is_enabled() && weight.requires_grad()) weight = weight.clone();
     const auto grad = tensor.grad.to(dtype);
 
-    const bool given = step.squared_norms.defined();
-    const auto q = trust_ratio(
-        h, lr[tensor.group], given ? step.squared_norms.select(0, i).select(0, 0) : squared_norm(weight),
-        given ? step.squared_norms.select(0, i).select(0, 1) : squared_norm(grad), grad_scale);
+    const auto norm = [&](int64_t column, const at::Tensor& x) {
+      if (!step.squared_norms.defined()) return scaled_norm(x);
+      return ScaledNorm{step.squared_norms.select(0, i).select(0, column), {}};
+    };
+    const auto q = trust_ratio(h, lr[tensor.group], norm(0, weight), norm(1, grad), grad_scale);
+    const bool in_float = dtype == at::kFloat;
+    const auto held = in_float ? q.clamp(kLeastRatio, kMostRatio) : q;
+    const auto rest = in_float ? (q / held).detach() : scalar(1.0);  // 1, and no function of q, in range
     if (step.trust_ratios.defined()) assign(step.trust_ratios.select(0, i), q.detach());
 
     auto damped = scalar(h.momentum > 0.0 ? 1.0 - h.dampening : 1.0);
@@ -73,9 +107,9 @@ void step_reference(const Step& step) {
     }
     const auto factor = [dtype](const at::Tensor& value) { return value.to(dtype); };
     const Coefficients<at::Tensor> c{
-        .grad_gain = factor((h.maximize ? -1.0 : 1.0) / grad_scale),
-        .weight_decay = factor(scalar(h.weight_decay)),
-        .trust_ratio = factor(q),
+        .grad_gain = factor((h.maximize ? -1.0 : 1.0) / grad_scale * rest),
+        .weight_decay = factor(h.weight_decay * rest),
+        .trust_ratio = factor(held),
         .momentum = factor(scalar(h.momentum)),
         .buffer_gain = factor(h.classic_momentum ? lr[tensor.group] : damped),
         .nesterov_gain = factor(h.classic_momentum ? lr[tensor.group] : scalar(1.0)),
@@ -96,8 +130,10 @@ at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads, 
   std::vector<at::Tensor> norms;
   norms.reserve(2 * params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    norms.push_back(squared_norm(params[i]));
-    norms.push_back(squared_norm(grads[i]));
+    for (const auto& x : {params[i], grads[i]}) {
+      const auto norm = scaled_norm(x);
+      norms.push_back(norm.scale.defined() ? norm.squared / norm.scale / norm.scale : norm.squared);
+    }
   }
   return at::stack(norms).reshape({-1, 2});
 }

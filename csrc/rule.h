@@ -25,15 +25,14 @@
 
 namespace fused_lars {
 
-// The trust ratio q of one parameter (paper, equation 6). The squared norms are of the whole parameter
-// and of its gradient as stored, before grad_scale is divided out. A NaN norm counts as 0 does: q is 1
-// and the NaN reaches the weights through the gradient itself.
-FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double weight_squared_norm,
-                                     double grad_squared_norm, double grad_scale) {
+// The trust ratio q of one parameter (paper, equation 6). The norms are of the whole parameter and of its
+// gradient as stored, before grad_scale is divided out. A NaN norm counts as 0 does: q is 1 and the NaN
+// reaches the weights through the gradient itself.
+FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double weight_norm,
+                                     double stored_grad_norm, double grad_scale) {
   double q = 1.0;
-  if (h.layer_adaptation && weight_squared_norm > 0.0 && grad_squared_norm > 0.0) {
-    const double weight_norm = sqrt(weight_squared_norm);
-    const double grad_norm = sqrt(grad_squared_norm) / fabs(grad_scale);
+  if (h.layer_adaptation && weight_norm > 0.0 && stored_grad_norm > 0.0) {
+    const double grad_norm = stored_grad_norm / fabs(grad_scale);
     q = h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps);
   }
   // LARC: the layer's rate q never exceeds lr. At lr == 0 nothing moves and there is nothing to clip.
@@ -59,16 +58,26 @@ struct Coefficients {
   bool nesterov;
 };
 
+// The part of a trust ratio that float holds as a normal number, with room beside it. What is left, a factor
+// of 1 but for layers whose gradient is some 2^120 times smaller or larger than their weights, goes to the
+// sum that the ratio multiplies.
+constexpr double kLeastRatio = 0x1p-120, kMostRatio = 0x1p120;
+FUSED_LARS_INLINE double held_by_float(double q) {
+  return q < kLeastRatio ? kLeastRatio : q > kMostRatio ? kMostRatio : q;
+}
+
 // first_step: no update has been applied to this parameter yet, and torch's convention leaves the first
 // one undamped.
 template <typename T>
 FUSED_LARS_INLINE Coefficients<T> coefficients(const Hyperparameters& h, double lr, double q,
                                                double grad_scale, bool first_step) {
   const double damped = first_step ? 1.0 : 1.0 - h.dampening;
+  const double held = sizeof(T) == sizeof(float) ? held_by_float(q) : q;
+  const double rest = held == q ? 1.0 : q / held;
   Coefficients<T> c;
-  c.grad_gain = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale);
-  c.weight_decay = static_cast<T>(h.weight_decay);
-  c.trust_ratio = static_cast<T>(q);
+  c.grad_gain = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale * rest);
+  c.weight_decay = static_cast<T>(h.weight_decay * rest);
+  c.trust_ratio = static_cast<T>(held);
   c.momentum = static_cast<T>(h.momentum);
   c.buffer_gain = static_cast<T>(h.classic_momentum ? lr : (h.momentum > 0.0 ? damped : 1.0));
   c.nesterov_gain = static_cast<T>(h.classic_momentum ? lr : 1.0);

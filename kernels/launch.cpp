@@ -7,8 +7,10 @@
 namespace fused_lars {
 namespace {
 
-constexpr int64_t kHeaderWords = 2;  // tickets, finished
-constexpr int64_t kTensorWords = 3;  // trust ratio (two), norm items
+// Of the workspace.
+constexpr int64_t kWords = 2 + 3;      // tickets, finished; for the alignment of the start
+constexpr int64_t kTensorWords = 3;    // trust ratio (two), norm items that are done
+constexpr int64_t kNormItemWords = 4;  // sums
 
 // How a bucket's tensors are cut.
 class Tiling {
@@ -106,15 +108,16 @@ class Packer {
   std::vector<GroupRow> rows_;
 };
 
+// The sums first, which take the widest accesses.
 Workspace lay_out(void* base, const Order& order) {
-  auto* words = static_cast<uint32_t*>(base) + reinterpret_cast<uintptr_t>(base) % 8 / sizeof(uint32_t);
+  const auto address = reinterpret_cast<uintptr_t>(base);
+  auto* words = static_cast<uint32_t*>(base) + (-address) % sizeof(Sums<double>) / sizeof(uint32_t);
   Workspace workspace;
-  workspace.tickets = words;
-  workspace.finished = words + 1;
-  workspace.ratios = reinterpret_cast<uint64_t*>(words + kHeaderWords);
-  workspace.norm_items = words + kHeaderWords + 2 * int64_t{order.tensors};
-  // An even number of words from the start, so that sums of double are aligned.
-  workspace.partials = words + kHeaderWords + (kTensorWords * int64_t{order.tensors} + 1) / 2 * 2;
+  workspace.partials = reinterpret_cast<Sums<double>*>(words);
+  workspace.ratios = reinterpret_cast<uint64_t*>(words + kNormItemWords * order.items.norms);
+  workspace.norm_items = reinterpret_cast<uint32_t*>(workspace.ratios + order.tensors);
+  workspace.tickets = workspace.norm_items + order.tensors;
+  workspace.finished = workspace.tickets + 1;
   return workspace;
 }
 
@@ -156,11 +159,8 @@ int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& group
                         const LaunchOptions& options) {
   const Kernel& kernel = *find_kernel(bucket.types);
   const Tiling tiling(kernel, groups, options);
-  // Two to align the start and the partial sums.
-  int64_t words = kHeaderWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size()) + 2;
-  for (const auto& tensor : bucket.tensors) {
-    words += int64_t{tiling.items(tensor).norms} * (kernel.partial_bytes / sizeof(uint32_t));
-  }
+  int64_t words = kWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size());
+  for (const auto& tensor : bucket.tensors) words += kNormItemWords * tiling.items(tensor).norms;
   return words;
 }
 

@@ -29,7 +29,6 @@ struct Kernel {
   uint32_t tile;                       // elements
   uint32_t norm_item_bytes;            // weights and gradients of a tile
   uint32_t momentum_buffer_bytes;      // of a tile
-  uint32_t partial_bytes;              // of a norm item in the workspace
 };
 
 // Null where there is none: the types that checks.h lets the step have all have one.

@@ -30,19 +30,19 @@ struct TensorRow {
   uint16_t last_tile;     // elements in the last tile, which may be 0
 };
 
-// Sums of squares of a tile, or of a tensor.
+// One number for the weights and one for the gradients of a tile or a tensor: sums of squares, or norms.
 template <typename T>
-struct Sums {
+struct alignas(2 * sizeof(T)) Sums {
   T weight, grad;
 };
 
 // Words that blocks share. All are zero before a launch and after it.
 struct Workspace {
-  uint32_t* tickets;     // handed out so far
-  uint32_t* finished;    // blocks that have left
-  uint64_t* ratios;      // for each tensor: the trust ratio once it is known, encoded by step_kernel.cuh
-  uint32_t* norm_items;  // for each tensor: norm items that are done
-  void* partials;        // for each norm item: Sums, of double for fp64 weights and of float for others
+  uint32_t* tickets;       // handed out so far
+  uint32_t* finished;      // blocks that have left
+  uint64_t* ratios;        // for each tensor: the trust ratio once it is known, encoded by step_kernel.cuh
+  uint32_t* norm_items;    // for each tensor: norm items that are done
+  Sums<double>* partials;  // for each norm item, as norms.cuh encodes them
 };
 
 struct LaunchArguments {

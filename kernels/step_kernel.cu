@@ -16,7 +16,6 @@ const Kernel* kernel() {
       .tile = Types::kTile,
       .norm_item_bytes = Types::kTile * (sizeof(typename Types::Weight) + sizeof(typename Types::Grad)),
       .momentum_buffer_bytes = Types::kTile * sizeof(typename Types::MomentumBuffer),
-      .partial_bytes = sizeof(Sums<typename Types::Compute>),
   };
   return &kernel;
 }

@@ -14,6 +14,7 @@
 #include <cub/warp/warp_reduce.cuh>
 #include <cuda/atomic>
 
+#include "norms.cuh"
 #include "parameters.h"
 #include "tile.cuh"
 
@@ -97,10 +98,9 @@ __device__ __forceinline__ double learning_rate(const GroupRow& group) {
   }
 }
 
-__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor,
-                                              Sums<double> squared_norms) {
+__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor, Sums<double> norms) {
   const GroupRow& group = p.group(p.tensor(tensor).group);
-  return trust_ratio(group.hyperparameters, learning_rate(group), squared_norms.weight, squared_norms.grad,
+  return trust_ratio(group.hyperparameters, learning_rate(group), norms.weight, norms.grad,
                      p.grad_scale == nullptr ? 1.0 : *p.grad_scale);
 }
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p,
   Sums<double> given = {0.0, 0.0};
   if (p.given_squared_norms != nullptr) {
     const double* row = p.given_squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
-    given = {row[0], row[1]};
+    given = {sqrt(row[0]), sqrt(row[1])};
   }
   return trust_ratio(p, tensor, given);
 }
@@ -136,41 +136,58 @@ __device__ __forceinline__ Coefficients<typename Types::Compute> update_coeffici
                                                /*first_step=*/step != nullptr && *step == 0.0f);
 }
 
-// Warp 0: stores a tile's sums, given by lane 0. The last tile of a tensor completes its norms.
-template <typename T>
-__device__ __forceinline__ void count_norm_item(const Parameters& p, const WorkItem& item, uint32_t tiles,
-                                                Sums<T> sums) {
-  const uint32_t lane = threadIdx.x;
-  Sums<T>* partials = static_cast<Sums<T>*>(p.workspace.partials) + p.items_before(item.tensor).norms;
-  uint32_t& counter = p.workspace.norm_items[item.tensor];
+// Warp 0: stores a tile's partials. The last tile of a tensor completes its norms.
+template <typename Types>
+__device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<Types>& work,
+                                                Sums<double> partial) {
+  const uint32_t lane = threadIdx.x, tensor = work.item.tensor;
+  Sums<double>* partials = p.workspace.partials + p.items_before(tensor).norms;
+  uint32_t& counter = p.workspace.norm_items[tensor];
   uint32_t done = 0;
   if (lane == 0) {
-    partials[item.tile] = sums;
+    partials[work.item.tile] = partial;
     done = 1 + DeviceAtomic<uint32_t>(counter).fetch_add(1, cuda::memory_order_acq_rel);
   }
-  if (__shfl_sync(~0u, done, 0) != tiles) return;
+  if (__shfl_sync(~0u, done, 0) != work.tiles) return;
   __syncwarp();
 
   // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed order.
+  constexpr bool kMayBeNorms = std::is_same_v<typename Types::Compute, double>;
   Sums<double> total = {0.0, 0.0};
-  for (uint32_t tile = lane; tile < tiles; tile += 32) {
-    total.weight += partials[tile].weight;
-    total.grad += partials[tile].grad;
-    partials[tile] = {};
+  bool any_norm = false;
+  for (uint32_t tile = lane; tile < work.tiles; tile += 32) {
+    Sums<double> add = partials[tile];
+    if (kMayBeNorms && (add.weight < 0.0 || add.grad < 0.0)) {
+      any_norm = true;
+      add = {add.weight < 0.0 ? 0.0 : add.weight, add.grad < 0.0 ? 0.0 : add.grad};
+    }
+    total.weight += add.weight;
+    total.grad += add.grad;
   }
   typename cub::WarpReduce<double>::TempStorage storage;  // empty: the lanes shuffle
   total = {cub::WarpReduce<double>(storage).Sum(total.weight),
            cub::WarpReduce<double>(storage).Sum(total.grad)};
-  if (lane != 0) return;
-  counter = 0;
-  if (p.squared_norms != nullptr) {
-    double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
-    row[0] = total.weight;
-    row[1] = total.grad;
-  } else {
-    const uint64_t ratio = encode_ratio(trust_ratio(p, item.tensor, total));
-    DeviceAtomic<uint64_t>(p.workspace.ratios[item.tensor]).store(ratio, cuda::memory_order_release);
+  Sums<double> norms = {sqrt(total.weight), sqrt(total.grad)};
+  if (kMayBeNorms && __any_sync(~0u, any_norm)) {
+    const Sums<double> mixed = {norm_of_mixed_partials(&partials->weight, work.tiles),
+                                norm_of_mixed_partials(&partials->grad, work.tiles)};
+    // Else an element is inf or NaN, and so are they.
+    if (isfinite(norms.weight)) norms.weight = mixed.weight, total.weight = mixed.weight * mixed.weight;
+    if (isfinite(norms.grad)) norms.grad = mixed.grad, total.grad = mixed.grad * mixed.grad;
   }
+  __syncwarp();
+  if (lane == 0) {
+    counter = 0;
+    if (p.squared_norms != nullptr) {
+      double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
+      row[0] = total.weight;
+      row[1] = total.grad;
+    } else {
+      const uint64_t ratio = encode_ratio(trust_ratio(p, tensor, norms));
+      DeviceAtomic<uint64_t>(p.workspace.ratios[tensor]).store(ratio, cuda::memory_order_release);
+    }
+  }
+  for (uint32_t tile = lane; tile < work.tiles; tile += 32) partials[tile] = {};
 }
 
 // The last block to leave zeroes what is left of the workspace and counts the step.
@@ -229,14 +246,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     if (work.takes_norms) {
       const Sums<Compute> sums = agent.squared_sums(storage[turn]);
-      if (!work.item.is_update) {
-        if (threadIdx.x < 32) count_norm_item(p, work.item, work.tiles, sums);
-        continue;
+      if (threadIdx.x < 32) {
+        const Sums<double> partial = tile_partials(work.tile, sums);
+        if (!work.item.is_update) {
+          count_norm_item(p, work, partial);
+        } else if (threadIdx.x == 0) {
+          const double q =
+              trust_ratio(p, work.item.tensor, {decode_norm(partial.weight), decode_norm(partial.grad)});
+          shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
+        }
       }
-      if (threadIdx.x == 0) {
-        const double q = trust_ratio(p, work.item.tensor, {sums.weight, sums.grad});
-        shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
-      }
+      if (!work.item.is_update) continue;
     }
     __syncthreads();
     agent.update(work.tile, shared_coefficients[turn]);

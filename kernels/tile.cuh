@@ -143,6 +143,13 @@ struct Tile {
   enum : uint32_t { kWeight = 1, kGrad = 2, kMomentumBuffer = 4, kParam = 8 };
 };
 
+// In every lane, in one order for all of them.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
 // A block's hold on one tile. All threads call all of its functions together.
 template <typename Types>
 class TileAgent {
@@ -182,6 +189,28 @@ class TileAgent {
       }
     }
     return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
+  }
+
+  // The same in each lane of a warp that calls this together, of elements multiplied by scales. Reads the
+  // tile again, since only that warp knows that it must.
+  static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(const Tile<Types>& tile,
+                                                                      Sums<Compute> scale) {
+    Sums<Compute> sums = {};
+    for (uint32_t first = threadIdx.x % 32 * kVector; first < tile.count; first += 32 * kVector) {
+      Packed<typename Types::Weight, kVector> weights;
+      Packed<typename Types::Grad, kVector> grads;
+      const int inside = static_cast<int>(tile.count - first);
+      fused_lars::load<false>(weights, tile.weight + first, !(tile.misaligned & tile.kWeight), inside);
+      fused_lars::load<false>(grads, tile.grad + first, !(tile.misaligned & tile.kGrad), inside);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const Compute weight = static_cast<Compute>(weights.get(e)) * scale.weight;
+        const Compute grad = static_cast<Compute>(grads.get(e)) * scale.grad;
+        sums.weight = fma(weight, weight, sums.weight);
+        sums.grad = fma(grad, grad, sums.grad);
+      }
+    }
+    return {warp_sum(sums.weight), warp_sum(sums.grad)};
   }
 
   // Applies the rule to the loaded tile and stores it.

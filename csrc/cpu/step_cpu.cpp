@@ -7,11 +7,13 @@
 // gradients of a batch that fits are read from memory once: 20 bytes an fp32 parameter instead of 28.
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "../norm_range.h"
 #include "../step.h"
 #include "tile_kernels.h"
 
@@ -39,6 +41,18 @@ ElementPointer element_pointer(const at::Tensor& tensor) {
 
 int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
 
+// Sums of squares of elements that were multiplied by scales.
+struct ScaledNorms {
+  SquaredNorms squared;
+  SquaredNorms scale = {1.0, 1.0};
+
+  double weight_norm() const { return std::sqrt(squared.weight) / scale.weight; }
+  double grad_norm() const { return std::sqrt(squared.grad) / scale.grad; }
+  // Without an intermediate that overflows where the result does not.
+  double weight_squared() const { return squared.weight / scale.weight / scale.weight; }
+  double grad_squared() const { return squared.grad / scale.grad / scale.grad; }
+};
+
 // One tensor of a batch.
 struct Work {
   ElementPointer weight, grad;
@@ -46,6 +60,8 @@ struct Work {
   int64_t first_tile;  // within the batch
   int64_t index;       // within the call
   bool needs_norms;
+
+  bool in_f64() const { return weight.element == Element::f64; }
 };
 
 // Consecutive tensors that are processed together.
@@ -66,25 +82,26 @@ class Batch {
   }
   const std::vector<Work>& work() const { return work_; }
 
-  // Squared norms of each tensor of the batch, in the order of work(); 0 where they are not needed.
-  const std::vector<SquaredNorms>& squared_norms() {
+  // Norms of each tensor of the batch, in the order of work(); 0 where they are not needed.
+  const std::vector<ScaledNorms>& norms() {
     norms_.assign(work_.size(), {});
     if (!any_norms_) return norms_;
     partials_.assign(tiles_, {});
     const auto& kernels = tile_kernels();
     for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
       if (!work.needs_norms) return;
-      const auto norms =
-          work.weight.element == Element::f64 ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
+      const auto norms = work.in_f64() ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
       partials_[work.first_tile + tile] = norms(work.weight, work.grad, offset, count);
     });
+    bool any_scaled = false;
     for (size_t k = 0; k < work_.size(); ++k) {
-      const int64_t first = work_[k].first_tile;
-      for (int64_t t = first; t < first + tiles_of(work_[k].numel); ++t) {
-        norms_[k].weight += partials_[t].weight;
-        norms_[k].grad += partials_[t].grad;
-      }
+      ScaledNorms& norms = norms_[k];
+      norms.squared = add_partials(work_[k]);
+      if (!work_[k].needs_norms) continue;
+      norms.scale = {scale_of(work_[k], norms.squared.weight), scale_of(work_[k], norms.squared.grad)};
+      any_scaled |= norms.scale.weight != 1.0 || norms.scale.grad != 1.0;
     }
+    if (any_scaled) take_scaled_norms();
     return norms_;
   }
 
@@ -111,8 +128,42 @@ class Batch {
   }
 
  private:
+  static double scale_of(const Work& work, double sum) {
+    const auto count = static_cast<double>(work.numel);
+    return work.in_f64() ? square_scale<double>(sum, count) : square_scale<float>(sum, count);
+  }
+
+  SquaredNorms add_partials(const Work& work) const {
+    SquaredNorms sum;
+    for (int64_t t = work.first_tile; t < work.first_tile + tiles_of(work.numel); ++t) {
+      sum.weight += partials_[t].weight;
+      sum.grad += partials_[t].grad;
+    }
+    return sum;
+  }
+
+  // Takes the sums again that have a scale. What has none keeps its sum.
+  void take_scaled_norms() {
+    const auto& kernels = tile_kernels();
+    const auto norms_of = [&](const Work& work) -> ScaledNorms& { return norms_[&work - work_.data()]; };
+    for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
+      const SquaredNorms& scale = norms_of(work).scale;
+      if (scale.weight == 1.0 && scale.grad == 1.0) return;
+      const auto norms = work.in_f64() ? kernels.scaled_squared_norms_f64 : kernels.scaled_squared_norms_f32;
+      partials_[work.first_tile + tile] =
+          norms(work.weight, work.grad, offset, count, scale.weight, scale.grad);
+    });
+    for (const Work& work : work_) {
+      ScaledNorms& norms = norms_of(work);
+      const SquaredNorms sum = add_partials(work);
+      if (norms.scale.weight != 1.0) norms.squared.weight = sum.weight;
+      if (norms.scale.grad != 1.0) norms.squared.grad = sum.grad;
+    }
+  }
+
   std::vector<Work> work_;
-  std::vector<SquaredNorms> partials_, norms_;
+  std::vector<SquaredNorms> partials_;
+  std::vector<ScaledNorms> norms_;
   int64_t tiles_ = 0;
   int64_t bytes_ = 0;
   bool any_norms_ = false;
@@ -139,10 +190,10 @@ void step_cpu(const Step& step) {
   const auto& kernels = tile_kernels();
 
   std::vector<Update> updates(step.tensors.size());
-  const auto prepare = [&](int64_t i, SquaredNorms norms) {
+  const auto prepare = [&](int64_t i, const ScaledNorms& norms) {
     const auto& tensor = step.tensors[i];
     const auto& group = step.groups[tensor.group];
-    const double q = trust_ratio(group, group.lr, norms.weight, norms.grad, grad_scale);
+    const double q = trust_ratio(group, group.lr, norms.weight_norm(), norms.grad_norm(), grad_scale);
     if (trust_ratios) trust_ratios[i] = q;
     bool first_step = false;
     if (tensor.step.defined()) {
@@ -158,7 +209,7 @@ void step_cpu(const Step& step) {
   };
   const auto update = [&](const Work& work, int64_t, int64_t offset, int64_t count) {
     const Update& u = updates[work.index];
-    if (work.weight.element == Element::f64) {
+    if (work.in_f64()) {
       kernels.update_f64(u.f64, u.tile, offset, count);
     } else {
       kernels.update_f32(u.f32, u.tile, offset, count);
@@ -167,10 +218,10 @@ void step_cpu(const Step& step) {
 
   Batch batch;
   const auto flush = [&] {
-    const auto& norms = batch.squared_norms();
+    const auto& norms = batch.norms();
     for (size_t k = 0; k < norms.size(); ++k) {
       const int64_t i = batch.work()[k].index;
-      prepare(i, given ? SquaredNorms{given[2 * i], given[2 * i + 1]} : norms[k]);
+      prepare(i, given ? ScaledNorms{{given[2 * i], given[2 * i + 1]}} : norms[k]);
     }
     batch.for_tiles(update, /*reversed=*/true);
     batch.clear();
@@ -191,10 +242,10 @@ at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads, const 
   for (size_t i = 0; i < params.size(); ++i) {
     batch.add(params[i], grads[i], static_cast<int64_t>(i), /*needs_norms=*/true);
   }
-  const auto& norms = batch.squared_norms();
+  const auto& norms = batch.norms();
   for (size_t i = 0; i < norms.size(); ++i) {
-    out[2 * i] = norms[i].weight;
-    out[2 * i + 1] = norms[i].grad;
+    out[2 * i] = norms[i].weight_squared();
+    out[2 * i + 1] = norms[i].grad_squared();
   }
   return result;
 }

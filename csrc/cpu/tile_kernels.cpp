@@ -224,6 +224,30 @@ SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, int64_t o
   return {weight_sum.total(), grad_sum.total()};
 }
 
+// Seldom needed, so without haste.
+template <typename T>
+double scaled_squared_norm(ElementPointer x, int64_t offset, int64_t count, double scale) {
+  constexpr int64_t kLanes = SquareSum<T>::kLanes;
+  static_assert(kChunk % kLanes == 0);
+  const T factor = static_cast<T>(scale);
+  T scratch[kChunk], scaled[kChunk];
+  SquareSum<T> sum;
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t n = std::min(kChunk, count - i);
+    convert(open(x, offset + i, n, scratch), scaled, n, [factor](T e) { return e * factor; });
+    std::fill(scaled + n, scaled + kChunk, T(0));
+    for (int64_t k = 0; k < n; k += kLanes) sum.add_lanes(scaled + k);
+  }
+  return sum.total();
+}
+
+template <typename T>
+SquaredNorms scaled_squared_norms(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count,
+                                  double weight_scale, double grad_scale) {
+  return {scaled_squared_norm<T>(weight, offset, count, weight_scale),
+          scaled_squared_norm<T>(grad, offset, count, grad_scale)};
+}
+
 // ---------------------------------------------------------------- update
 
 template <typename T, bool nesterov, bool has_momentum>
@@ -283,8 +307,12 @@ void update_tile(const Coefficients<T>& c, const UpdateTile& tile, int64_t offse
 #define FUSED_LARS_STRING_(isa) #isa
 
 extern const TileKernels FUSED_LARS_TABLE_NAME(FUSED_LARS_ISA);
-const TileKernels FUSED_LARS_TABLE_NAME(FUSED_LARS_ISA) = {squared_norms<float>, squared_norms<double>,
-                                                           update_tile<float>, update_tile<double>,
+const TileKernels FUSED_LARS_TABLE_NAME(FUSED_LARS_ISA) = {squared_norms<float>,
+                                                           squared_norms<double>,
+                                                           scaled_squared_norms<float>,
+                                                           scaled_squared_norms<double>,
+                                                           update_tile<float>,
+                                                           update_tile<double>,
                                                            FUSED_LARS_STRING(FUSED_LARS_ISA)};
 
 }  // namespace fused_lars

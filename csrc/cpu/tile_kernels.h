@@ -34,10 +34,14 @@ struct TileKernels {
   // The sums of squares of `count` elements of a weight and its gradient from `offset`, in fp32 or, for fp64
   // weights, in fp64; in a fixed number of lanes whatever the vector width, so the bits do not depend on the
   // processor.
-  SquaredNorms (*squared_norms_f32)(ElementPointer weight, ElementPointer grad, int64_t offset,
-                                    int64_t count);
-  SquaredNorms (*squared_norms_f64)(ElementPointer weight, ElementPointer grad, int64_t offset,
-                                    int64_t count);
+  using NormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
+  NormTile* squared_norms_f32;
+  NormTile* squared_norms_f64;
+  // The same of elements that are multiplied by a power of two before: see norm_range.h.
+  using ScaledNormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, int64_t offset,
+                                      int64_t count, double weight_scale, double grad_scale);
+  ScaledNormTile* scaled_squared_norms_f32;
+  ScaledNormTile* scaled_squared_norms_f64;
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
   void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
   void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);

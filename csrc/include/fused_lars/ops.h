@@ -30,6 +30,7 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
            const std::vector<Hyperparameters>& groups, const StepOptions& options = {});
 
 // torch.ops.fused_lars.squared_norms: (n, 2), fp64, row i is |params[i]|^2 and |grads[i]|^2.
+// The square of an fp64 norm beyond 1e+-150 leaves fp64: it is inf, or 0.
 at::Tensor squared_norms(at::TensorList params, at::TensorList grads);
 
 }  // namespace fused_lars
