@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as checkpoint
 import torchvision
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
@@ -111,10 +112,11 @@ def build_model(options, classes: int, device: torch.device) -> nn.Module:
     if options.parallel == "fsdp":
         # Layers that are gathered, and freed, one after another. FSDP2 takes contiguous parameters only, so
         # channels_last is left to the images here.
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for child in model.children():
             if next(child.parameters(), None) is not None:
-                fully_shard(child)
-        return fully_shard(model)
+                fully_shard(child, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     model = model.to(memory_format=torch.channels_last)
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
@@ -321,6 +323,7 @@ def parse_options(arguments=None):
         "--model", default="resnet50", help="a torchvision model that returns logits (%(default)s)"
     )
     parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="(%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one, if not given")
     parser.add_argument(
         "--batch-size", type=positive, default=3264, help="of a step over all processes (%(default)s)"
     )
@@ -352,12 +355,24 @@ def parse_options(arguments=None):
     return options
 
 
+def choose_device(options) -> torch.device:
+    """The CPU, or a GPU that no other process has."""
+    if options.device == "cpu" or not (options.device or torch.cuda.is_available()):
+        return torch.device("cpu")
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > gpus:
+        raise SystemExit(
+            f"each process needs a GPU of its own; {processes} run on this machine and torch sees {gpus}: "
+            "start fewer (--nproc-per-node) or train on the CPU (--device cpu)"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
 def main(arguments=None) -> Run:
     options = parse_options(arguments)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = choose_device(options)
     if dist.is_initialized():
         return train(options, device)
     backend = "nccl" if device.type == "cuda" else "gloo"

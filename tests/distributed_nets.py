@@ -90,6 +90,11 @@ def all_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def mesh_1d():
+    """All ranks on the CPU; without a mesh fully_shard would take a GPU where there is one."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def mesh_2d(*names: str):
     return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=names)
 
@@ -102,13 +107,14 @@ def replicated(net):
 
 
 def sharded(net):
-    return fully_shard(net), all_ranks()
+    return fully_shard(net, mesh=mesh_1d()), all_ranks()
 
 
 def sharded_by_layer(net):
+    mesh = mesh_1d()
     for layer in (*net.blocks, net.head):
-        fully_shard(layer)
-    return fully_shard(net), all_ranks()
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh), all_ranks()
 
 
 def hybrid(net):
@@ -116,7 +122,7 @@ def hybrid(net):
 
 
 def tensor_parallel(net, mesh=None):
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or mesh_1d()
     plan = {
         "blocks.0": PrepareModuleInput(
             input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True
@@ -143,8 +149,9 @@ def sharded_over_tensor_parallel(net):
 
 def partly_sharded(net):
     """Plain parameters beside sharded ones; DDP's hook would do what is done for their gradients here."""
+    mesh = mesh_1d()
     for block in net.blocks:
-        fully_shard(block)
+        fully_shard(block, mesh=mesh)
     for p in (*net.odd.parameters(), *net.head.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
     return net, all_ranks()
@@ -152,11 +159,11 @@ def partly_sharded(net):
 
 def several_meshes(net):
     """Blocks sharded over all ranks, the rest within pairs."""
-    mesh = mesh_2d("replicate", "shard")
+    mesh, pairs = mesh_1d(), mesh_2d("replicate", "shard")
     for block in net.blocks:
-        fully_shard(block)
-    fully_shard(net.odd, mesh=mesh)
-    fully_shard(net.head, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(net.odd, mesh=pairs)
+    fully_shard(net.head, mesh=pairs)
     return net, all_ranks()
 
 

@@ -136,7 +136,7 @@ def test_options(options):
 def test_mixed_precision(dtype, reduce_dtype, master_weights):
     """The step that one process makes of the same gradients: bf16 sums, or fp32 sums of bf16 values."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
-    reference, model = make_net(dtype), fully_shard(make_net(dtype), mp_policy=policy)
+    reference, model = make_net(dtype), fully_shard(make_net(dtype), mesh=nets.mesh_1d(), mp_policy=policy)
     optimizers = [make_optimizer(net, master_weights=master_weights) for net in (reference, model)]
     for x, y in batches(10):
         loss_of(model, x.bfloat16(), y.bfloat16(), nets.all_ranks()).backward()
@@ -155,7 +155,8 @@ def test_mixed_precision(dtype, reduce_dtype, master_weights):
 
 @on_ranks(2)
 def test_cpu_offload():
-    reference, model = make_net(), fully_shard(make_net(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    reference = make_net()
+    model = fully_shard(make_net(), mesh=nets.mesh_1d(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     train(reference, make_optimizer(reference))
     train(model, make_optimizer(model), nets.all_ranks())
     assert max(nets.errors(model, reference).values()) <= 1e-6

@@ -9,14 +9,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distributed_harness import on_ranks
-from distributed_nets import all_ranks, batches, errors, make_net, make_optimizer
+from distributed_nets import TOLERANCE, all_ranks, batches, errors, make_net, make_optimizer
 from fused_lars import LARS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 
 
 def mesh_of_all() -> DeviceMesh:
+    """All ranks, on as many GPUs as there are.
+
+    Without TF32, a GPU's matrix products differ from a processor's as two processors' do, by the order of their
+    sums, and tanh and rsqrt by 2 units in the last place. TOLERANCE is for twice as many steps.
+    """
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    torch.set_float32_matmul_precision("highest")
     return init_device_mesh("cuda", (dist.get_world_size(),))
 
 
@@ -35,13 +41,10 @@ def train(model, optimizer, data=(0, 1), scaler=None, steps=5) -> None:
         optimizer.zero_grad()
 
 
-def assert_same(param, whole) -> None:
-    """Whether a parameter is this rank's rows of another one, or all of it where it is no DTensor."""
-    if isinstance(param, DTensor):
-        rows = whole.split(-(-len(whole) // dist.get_world_size()))
-        whole = rows[dist.get_rank()] if dist.get_rank() < len(rows) else whole[:0]
-        param = param.to_local()
-    torch.testing.assert_close(param.cpu(), whole, rtol=1e-6, atol=1e-6)
+def own_rows(whole):
+    """The rows of a tensor that this rank has of it."""
+    rows = whole.split(-(-len(whole) // dist.get_world_size()))
+    return rows[dist.get_rank()] if dist.get_rank() < len(rows) else whole[:0]
 
 
 @on_ranks(2)
@@ -57,7 +60,7 @@ def test_trains_as_one_process(options, scaled):
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if scaled else None
     train(model, make_optimizer(model, **options), all_ranks(), scaler)
     assert all(p.to_local().is_cuda for p in model.parameters())
-    assert max(errors(model.cpu(), reference).values()) <= 1e-6
+    assert max(errors(model.cpu(), reference).values()) <= TOLERANCE
 
 
 @on_ranks(2)
@@ -77,7 +80,8 @@ def test_shards_and_others():
         if not found:
             optimizers[1].step()
         for p, q in zip(params, whole):
-            assert_same(p, q)
+            got, expected = (p.to_local(), own_rows(q)) if isinstance(p, DTensor) else (p, q)
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
 @on_ranks(2)
@@ -94,6 +98,7 @@ def test_offloaded_to_the_cpu():
         (model(x) - y).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    norm = torch.stack([q.detach().norm() for q in reference.parameters()]).norm()
     for p, q in zip(model.parameters(), reference.parameters()):
         assert p.to_local().device.type == "cpu"
-        assert_same(p, q)
+        assert (p.to_local() - own_rows(q)).norm() <= TOLERANCE * norm

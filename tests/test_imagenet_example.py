@@ -21,7 +21,7 @@ STEPS = 16  # 8 epochs of 2
 ARGUMENTS = [
     "--model=resnet18", "--image-size=32", "--batch-size=31", "--micro-batch=8", "--epochs=8",
     "--warmup-epochs=2", "--lr=0.1", "--trust-coefficient=0.03", "--workers=0", "--checkpoint-every=5",
-    "--log-every=1",
+    "--log-every=1", "--device=cpu",
 ]  # fmt: skip
 
 
@@ -111,6 +111,49 @@ def test_under_torchrun_and_then_alone(data, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "log.csv")] == [
         row["step"] for row in csv.DictReader(log.splitlines())
     ]
+
+
+def nccl_fails() -> str:
+    """What NCCL says where it does not work: on a simulated device, or without a driver."""
+    program = """
+import torch, torch.distributed as dist
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones((), device="cuda"))
+torch.cuda.synchronize()
+"""
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "no end in time"
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it died"])[-1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_on_all_gpus_cuda(parallel, data, tmp_path):
+    """A process for each GPU, and then again from a checkpoint on one."""
+    if failure := nccl_fails():
+        pytest.skip(f"NCCL does not work here: {failure}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    arguments = [str(SCRIPT), str(data), *ARGUMENTS, "--device=cuda", f"--parallel={parallel}"]
+    arguments.append(f"--output={tmp_path}")
+    subprocess.run([*torchrun, str(torch.cuda.device_count()), *arguments], check=True, timeout=300)
+    losses = [float(row["loss"]) for row in rows(tmp_path / "log.csv")]
+    assert len(losses) == STEPS
+    assert max(losses[-3:]) < 0.6 * losses[0]
+    for step in (15, 16):
+        shutil.rmtree(tmp_path / f"step-{step}")
+    subprocess.run([*torchrun, "1", *arguments], check=True, timeout=300)
+    again = [float(row["loss"]) for row in rows(tmp_path / "log.csv")]
+    assert len(again) == STEPS
+    assert again[:10] == losses[:10]
+
+
+def test_each_process_needs_a_gpu_cuda(data, monkeypatch):
+    gpus = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
+    message = refused(data, *([] if gpus else ["--device=cuda"]))
+    assert f"{gpus + 1} run on this machine and torch sees {gpus}: start fewer" in message
 
 
 def refused(data, *arguments) -> str:
