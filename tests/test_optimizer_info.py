@@ -7,19 +7,21 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal import common_optimizers as torch_tests
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo, OptimizerInput
 
 from conftest import has_kernels
 from fused_lars import LARS
+
+torch_tests = pytest.importorskip(
+    "torch.testing._internal.common_optimizers", reason="torch's own tests need expecttest"
+)
 
 
 def optim_inputs_func_lars(device, dtype=None):
     of_sgd = torch_tests.optim_inputs_func_sgd(device)
     # torch's convention, which all of SGD's options belong to, and a trust coefficient of visible steps.
     torch_form = dict(classic_momentum=False, trust_coefficient=0.1)
-    return [OptimizerInput(None, {**i.kwargs, **torch_form}, i.desc) for i in of_sgd] + [
-        OptimizerInput(None, dict(lr=0.1, **kwargs), str(kwargs))
+    return [torch_tests.OptimizerInput(None, {**i.kwargs, **torch_form}, i.desc) for i in of_sgd] + [
+        torch_tests.OptimizerInput(None, dict(lr=0.1, **kwargs), str(kwargs))
         for kwargs in (
             dict(momentum=0.9, trust_coefficient=0.5),
             dict(momentum=0.9, trust_coefficient=0.5, nesterov=True, weight_decay=0.1),
@@ -34,7 +36,7 @@ def optim_error_inputs_func_lars(device, dtype):
     return torch_tests.optim_error_inputs_func_sgd(device, dtype)
 
 
-INFO = OptimizerInfo(
+INFO = torch_tests.OptimizerInfo(
     LARS,
     optim_inputs_func=optim_inputs_func_lars,
     optim_error_inputs_func=optim_error_inputs_func_lars,
@@ -87,7 +89,7 @@ def test_error_inputs():
     for error_input in INFO.optim_error_inputs_func("cpu", torch.float32):
         optim_input = error_input.optimizer_error_input
         params = optim_input.params or [nn.Parameter(torch.randn(1))]
-        assert error_input.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
+        assert error_input.error_on == torch_tests.OptimizerErrorEnum.CONSTRUCTION_ERROR
         if error_input.error_type is UserWarning:
             with pytest.warns(UserWarning, match=error_input.error_regex):
                 LARS(params, **optim_input.kwargs)
