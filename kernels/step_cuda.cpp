@@ -1,13 +1,14 @@
 // The CUDA backend as the ops see it: tensors to buckets, streams, devices and the workspace.
 
 #include <algorithm>
+#include <exception>
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../csrc/step.h"
@@ -43,10 +44,30 @@ std::vector<LaunchTensor>& bucket_of(std::vector<Bucket>& buckets, const KernelT
   return buckets.back().tensors;
 }
 
+// Makes a device the current one as long as it lives. c10::cuda::CUDAGuard of torch 2.11 and older would end
+// the process where the device has failed: its destructor is noexcept, and what it calls throws.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(c10::Device device) : previous_(c10::cuda::current_device()) {
+    c10::cuda::set_device(device.index());
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+  ~CurrentDevice() {
+    try {
+      C10_CUDA_IGNORE_ERROR(c10::cuda::MaybeSetDevice(previous_));
+    } catch (const std::exception&) {  // a failed device says so at its next call too
+    }
+  }
+
+ private:
+  c10::DeviceIndex previous_;
+};
+
 // Launches the buckets on the device of `like`, with the caller's workspace or one of its own.
 void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups,
                 LaunchOptions options, at::Tensor workspace, const at::Tensor& like) {
-  const c10::cuda::CUDAGuard guard(like.device());
+  const CurrentDevice current(like.device());
   const auto* device = at::cuda::getCurrentDeviceProperties();
   options.multiprocessors = device->multiProcessorCount;
   options.l2_bytes = device->l2CacheSize;
