@@ -13,11 +13,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    # Without build isolation pip does not look at what pyproject.toml requires.
+    needed = re.search(r"setuptools>=[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
+    sys.exit(
+        f"fused_lars is built with {needed}, and {sys.executable} has {setuptools.__version__}. "
+        f"Run: pip install --upgrade '{needed}'"
+    )
 
 
 def tool(name: str) -> str | None:
