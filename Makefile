@@ -1,5 +1,5 @@
 # make train, make test and the rest do their own set-up: a virtual environment in .venv, and the build in place.
-# PYTHON3 is the Python to make .venv with, TORCH what pip installs as torch (2.6 or newer). FUSED_LARS_CUDA and
+# PYTHON3 is the Python to make .venv with, TORCH what pip installs as torch (2.9 or newer). FUSED_LARS_CUDA and
 # TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake.
 
 SHELL := bash

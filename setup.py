@@ -35,16 +35,15 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def version() -> str:
-    text = (ROOT / "CMakeLists.txt").read_text()
-    return re.search(r"project\(fused_lars VERSION ([\d.]+)", text)[1]
+def from_cmake(pattern: str) -> str:
+    return re.search(pattern, (ROOT / "CMakeLists.txt").read_text())[1]
 
 
 def torch_requirement() -> str:
     """The series of torch that a wheel built here holds for; without torch (an sdist), all that may do."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
-        return "torch>=2.6"
+        return "torch>=" + from_cmake(r"set\(FUSED_LARS_OLDEST_TORCH ([\d.]+)")
     text = Path(spec.submodule_search_locations[0], "version.py").read_text()
     return "torch==" + re.search(r"__version__ = '(\d+\.\d+)", text)[1] + ".*"
 
@@ -95,7 +94,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    version=version(),
+    version=from_cmake(r"project\(fused_lars VERSION ([\d.]+)"),
     install_requires=[torch_requirement()],
     ext_modules=[Extension("fused_lars", [])],  # makes the wheel one of a platform
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},

@@ -65,11 +65,6 @@ set_target_properties(fused_lars::torch PROPERTIES
   INTERFACE_LINK_OPTIONS LINKER:--no-as-needed
   INTERFACE_LINK_LIBRARIES
     "${_fused_lars_lib}/libtorch.so;${_fused_lars_lib}/libtorch_cpu.so;${_fused_lars_lib}/libc10.so")
-# Before 2.7 some builds of torch had the old ABI of std::string, and their own CMake package said so.
-file(STRINGS "${_fused_lars_dir}/TorchConfig.cmake" _fused_lars_text REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
-if(_fused_lars_text MATCHES "_GLIBCXX_USE_CXX11_ABI=[01]")
-  set_target_properties(fused_lars::torch PROPERTIES INTERFACE_COMPILE_DEFINITIONS "${CMAKE_MATCH_0}")
-endif()
 
 # at::parallel_for is compiled into its callers: without OpenMP it runs on one thread. The runtime must be the
 # one that LibTorch brings, for a second one would have threads of its own.
