@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cud
 def mesh_of_all() -> DeviceMesh:
     """All ranks, on as many GPUs as there are.
 
-    Without TF32, a GPU's matrix products differ from a processor's as two processors' do, by the order of their
-    sums, and tanh and rsqrt by 2 units in the last place. TOLERANCE is for twice as many steps.
+    Without TF32, a GPU's matrix products differ from a processor's as two processors' do, by the order of
+    their sums, and tanh and rsqrt by 2 units in the last place. TOLERANCE is for twice as many steps.
     """
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
