@@ -125,7 +125,10 @@ torch.cuda.synchronize()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return "no end in time"
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it died"])[-1]
+    if done.returncode == 0:
+        return ""
+    lines = reversed(done.stderr.splitlines())
+    return next((line for line in lines if "Error: " in line), "the process died")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
