@@ -1,32 +1,35 @@
 #include "checks.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/_local_scalar_dense_ops.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "fused_lars/errors.h"
+#include "overlap.h"
 
 namespace fused_lars {
 
 at::ScalarType norm_dtype(at::Device device) { return device.is_mps() ? at::kFloat : at::kDouble; }
 
-namespace {
-
-// Names a tensor in a message: grads[3].
-struct Name {
-  const char* list;
-  int64_t index;
-};
-std::ostream& operator<<(std::ostream& out, const Name& name) {
-  return out << name.list << '[' << name.index << ']';
-}
-
 bool is_parameter_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
+namespace {
+
+void check_defined(const at::Tensor& tensor, const Name& name) {
+  FUSED_LARS_CHECK(tensor.defined(), InvalidTensor, name, " is undefined");
+}
+
+void check_strided(const at::Tensor& tensor, const Name& name) {
+  FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
+                   "; allowed: Strided");
+}
+
 void check_param(const at::Tensor& param, int64_t index, at::Device device) {
   const Name name{"params", index};
-  FUSED_LARS_CHECK(param.layout() == at::kStrided, InvalidTensor, name, " has layout ", param.layout(),
-                   "; allowed: Strided");
+  check_strided(param, name);
   FUSED_LARS_CHECK(is_parameter_dtype(param.scalar_type()), InvalidTensor, name, " has dtype ",
                    param.scalar_type(), "; allowed: Float, Double, Half, BFloat16");
   FUSED_LARS_CHECK(param.device() == device, InvalidTensor, name, " is on ", param.device(),
@@ -34,9 +37,8 @@ void check_param(const at::Tensor& param, int64_t index, at::Device device) {
 }
 
 // A tensor that goes with params[index]: same sizes and device, and a dtype of two.
-void check_companion(const at::Tensor& tensor, Name name, const at::Tensor& param, at::ScalarType dtype,
-                     at::ScalarType other_dtype) {
-  FUSED_LARS_CHECK(tensor.defined(), InvalidTensor, name, " is undefined");
+void check_companion(const at::Tensor& tensor, const Name& name, const at::Tensor& param,
+                     at::ScalarType dtype, at::ScalarType other_dtype) {
   FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
                    "; allowed: Strided (sparse gradients are not supported)");
   FUSED_LARS_CHECK(tensor.sym_sizes().equals(param.sym_sizes()), ShapeMismatch, name, " has shape ",
@@ -49,7 +51,7 @@ void check_companion(const at::Tensor& tensor, Name name, const at::Tensor& para
                    dtype == other_dtype ? "" : c10::str(", ", other_dtype));
 }
 
-void check_writable(const at::Tensor& tensor, Name name) {
+void check_writable(const at::Tensor& tensor, const Name& name) {
   FUSED_LARS_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, InvalidTensor, name,
                    " overlaps itself (expanded, strides ", tensor.sym_strides(),
                    ") and cannot be updated in place");
@@ -60,9 +62,23 @@ void check_count(const char* list, size_t got, size_t expected, const char* of_w
                    ", one for each ", of_what);
 }
 
-void check_optional(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype,
-                    at::Device device) {
+void check_group_sizes(at::IntArrayRef sizes, int64_t params) {
+  int64_t in_groups = 0;
+  for (const int64_t size : sizes) {
+    FUSED_LARS_CHECK(size >= 0, InvalidTensor, "group_sizes has ", size, "; allowed: >= 0");
+    FUSED_LARS_CHECK(size <= params - in_groups, InvalidTensor, "group_sizes ", sizes, " sum to more than ",
+                     params, ", the number of parameters");
+    in_groups += size;
+  }
+  FUSED_LARS_CHECK(in_groups == params, InvalidTensor, "group_sizes sum to ", in_groups, "; expected ",
+                   params, ", the number of parameters");
+}
+
+void check_optional(const at::Tensor& tensor, const char* argument, at::IntArrayRef sizes,
+                    at::ScalarType dtype, at::Device device) {
   if (!tensor.defined()) return;
+  const Name name{argument};
+  check_strided(tensor, name);
   FUSED_LARS_CHECK(tensor.sym_sizes().equals(c10::fromIntArrayRefSlow(sizes)), ShapeMismatch, name,
                    " has shape ", tensor.sym_sizes(), "; expected ", sizes);
   FUSED_LARS_CHECK(tensor.scalar_type() == dtype && tensor.device() == device, InvalidTensor, name, " is ",
@@ -71,31 +87,101 @@ void check_optional(const at::Tensor& tensor, const char* name, at::IntArrayRef 
                    "; expected contiguous");
 }
 
-void check_scalar(const at::Tensor& tensor, const char* name, at::Device device) {
+void check_scalar(const at::Tensor& tensor, const Name& name, at::Device device) {
   if (!tensor.defined()) return;
+  check_strided(tensor, name);
   FUSED_LARS_CHECK(tensor.sym_numel() == 1, ShapeMismatch, name, " has shape ", tensor.sym_sizes(),
                    "; expected 1 element");
   FUSED_LARS_CHECK(tensor.scalar_type() == at::kFloat && tensor.device() == device, InvalidTensor, name,
                    " is ", tensor.scalar_type(), " on ", tensor.device(), "; expected Float on ", device);
 }
 
-void check_lr_tensor(const at::Tensor& lr, int64_t group, at::Device device) {
-  if (!lr.defined()) return;
-  const Name name{"lr", group};
+// What the host can read without waiting for a device; there is no value in a fake or a wrapped tensor.
+std::optional<double> value_on_host(const at::Tensor& scalar) {
+  if (!scalar.device().is_cpu() || address_of(scalar) == 0) return {};
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);  // past the modes that trace a program
+  return at::_ops::_local_scalar_dense::redispatch(cpu, scalar).to<double>();
+}
+
+void check_lr_tensor(const at::Tensor& lr, Hyperparameters group, int64_t index, at::Device device) {
+  const Name name{"lr", index};
+  check_defined(lr, name);
+  check_strided(lr, name);
   FUSED_LARS_CHECK(lr.sym_numel() == 1, InvalidLearningRate, "Tensor lr must be 1-element; ", name,
                    " has shape ", lr.sym_sizes());
   FUSED_LARS_CHECK(at::isFloatingType(lr.scalar_type()), InvalidLearningRate, name, " has dtype ",
                    lr.scalar_type(), "; allowed: a floating-point dtype");
   FUSED_LARS_CHECK(lr.device().is_cpu() || lr.device() == device, InvalidLearningRate, name, " is on ",
                    lr.device(), "; allowed: cpu or the parameters' device, ", device);
+  if (const auto value = value_on_host(lr)) {
+    group.lr = *value;
+    validate(group, static_cast<long>(index));
+  }
 }
 
 void check_workspace(const at::Tensor& workspace, at::Device device) {
   if (!workspace.defined()) return;
+  check_strided(workspace, {"workspace"});
   FUSED_LARS_CHECK(workspace.scalar_type() == at::kInt && workspace.device() == device &&
                        workspace.is_contiguous() && workspace.dim() == 1,
                    InvalidTensor, "workspace is ", workspace.scalar_type(), workspace.sym_sizes(), " on ",
                    workspace.device(), "; expected a contiguous vector of Int on ", device);
+  FUSED_LARS_CHECK(
+      address_of(workspace) % 8 == 0, InvalidTensor,
+      "workspace starts at an address that is no multiple of 8; expected a tensor that is no slice");
+}
+
+// The device of a step: that of params[0] or, where there are none, of what else is given.
+at::Device device_of(at::TensorList params, std::initializer_list<at::Tensor> others) {
+  if (!params.empty()) {
+    check_defined(params[0], {"params", 0});
+    return params[0].device();
+  }
+  for (const auto& tensor : others) {
+    if (tensor.defined()) return tensor.device();
+  }
+  return at::kCPU;
+}
+
+// A list that holds a tensor for each parameter that needs one.
+class StateList {
+ public:
+  StateList(const char* name, at::TensorList list, const char* whose)
+      : name_(name), list_(list), whose_(whose) {}
+
+  // The next parameter's tensor; undefined where the list is too short.
+  at::Tensor take() {
+    const size_t index = taken_++;
+    if (index >= list_.size()) return {};
+    check_defined(list_[index], {name_, static_cast<int64_t>(index)});
+    return list_[index];
+  }
+  void check_all_taken() const { check_count(name_, list_.size(), taken_, whose_); }
+
+ private:
+  const char* name_;
+  at::TensorList list_;
+  const char* whose_;
+  size_t taken_ = 0;
+};
+
+// Calls f(name, tensor, whether the step writes it) for every tensor of a step.
+template <typename F>
+void for_each_tensor(const Step& step, F f) {
+  int64_t index = 0, buffer = 0, master = 0, applied = 0, group = 0;
+  for (const auto& tensor : step.tensors) {
+    f(Name{"params", index}, tensor.param, true);
+    f(Name{"grads", index++}, tensor.grad, false);
+    if (tensor.momentum_buffer.defined()) f(Name{"momentum_buffers", buffer++}, tensor.momentum_buffer, true);
+    if (tensor.master_param.defined()) f(Name{"master_params", master++}, tensor.master_param, true);
+    if (tensor.step.defined()) f(Name{"steps", applied++}, tensor.step, true);
+  }
+  for (const auto& lr : step.lr_tensors) f(Name{"lr", group++}, lr, false);
+  f(Name{"squared_norms"}, step.squared_norms, false);
+  f(Name{"grad_scale"}, step.grad_scale, false);
+  f(Name{"found_inf"}, step.found_inf, false);
+  f(Name{"trust_ratios"}, step.trust_ratios, true);
+  f(Name{"workspace"}, step.workspace, true);
 }
 
 }  // namespace
@@ -105,47 +191,42 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   const int64_t count = static_cast<int64_t>(params.size());
   check_count("grads", lists.grads.size(), params.size(), "parameter");
   check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
-  int64_t in_groups = 0;
-  for (const int64_t size : lists.group_sizes) {
-    FUSED_LARS_CHECK(size >= 0, InvalidTensor, "group_sizes has ", size, "; allowed: >= 0");
-    in_groups += size;
-  }
-  FUSED_LARS_CHECK(in_groups == count, InvalidTensor, "group_sizes sum to ", in_groups, "; expected ", count,
-                   ", the number of parameters");
-  if (count == 0) return;
-  FUSED_LARS_CHECK(params[0].defined(), InvalidTensor, "params[0] is undefined");
-  const auto device = params[0].device();
+  check_group_sizes(lists.group_sizes, count);
+  const auto device = device_of(
+      params, {step.squared_norms, step.grad_scale, step.found_inf, step.trust_ratios, step.workspace});
 
+  StateList momentum_buffers("momentum_buffers", lists.momentum_buffers,
+                             "parameter of a group with momentum");
+  StateList master_params("master_params", lists.master_params,
+                          "fp16 or bf16 parameter of a group with master_weights");
+  StateList steps("steps", lists.steps, "parameter of a group with momentum and dampening");
   step.tensors.reserve(count);
-  size_t buffers = 0, masters = 0, steps = 0;
-  const auto take = [](at::TensorList list, size_t& next) {
-    return next < list.size() ? list[next++] : (++next, at::Tensor());
-  };
-  for (int64_t i = 0, group = 0, left = lists.group_sizes[0]; i < count; ++i, --left) {
-    while (left == 0) left = lists.group_sizes[++group];
+  int64_t index = 0;
+  for (size_t group = 0; group < step.groups.size(); ++group) {
     const auto& hyperparameters = step.groups[group];
-    FUSED_LARS_CHECK(params[i].defined(), InvalidTensor, Name{"params", i}, " is undefined");
-    check_param(params[i], i, device);
-    const auto dtype = params[i].scalar_type();
-    StepTensor tensor{.param = params[i],
-                      .grad = lists.grads[i],
-                      .momentum_buffer = {},
-                      .master_param = {},
-                      .step = {},
-                      .group = group};
-    if (needs_momentum_buffer(hyperparameters))
-      tensor.momentum_buffer = take(lists.momentum_buffers, buffers);
-    if (needs_master(hyperparameters, dtype)) tensor.master_param = take(lists.master_params, masters);
-    if (needs_step(hyperparameters)) tensor.step = take(lists.steps, steps);
-    step.tensors.push_back(std::move(tensor));
+    for (const int64_t end = index + lists.group_sizes[group]; index < end; ++index) {
+      const auto &param = params[index], &grad = lists.grads[index];
+      check_defined(param, {"params", index});
+      check_defined(grad, {"grads", index});
+      check_param(param, index, device);
+      StepTensor tensor{.param = param,
+                        .grad = grad,
+                        .momentum_buffer = {},
+                        .master_param = {},
+                        .step = {},
+                        .group = static_cast<int64_t>(group)};
+      if (needs_momentum_buffer(hyperparameters)) tensor.momentum_buffer = momentum_buffers.take();
+      if (needs_master(hyperparameters, param.scalar_type())) tensor.master_param = master_params.take();
+      if (needs_step(hyperparameters)) tensor.step = steps.take();
+      step.tensors.push_back(std::move(tensor));
+    }
   }
-  check_count("momentum_buffers", lists.momentum_buffers.size(), buffers,
-              "parameter of a group with momentum");
-  check_count("master_params", lists.master_params.size(), masters,
-              "fp16 or bf16 parameter of a group with master_weights");
-  check_count("steps", lists.steps.size(), steps, "parameter of a group with momentum and dampening");
+  momentum_buffers.check_all_taken();
+  master_params.check_all_taken();
+  steps.check_all_taken();
 
-  int64_t index = 0, buffer = 0, master = 0, applied = 0;
+  int64_t buffer = 0, master = 0, applied = 0;
+  index = 0;
   for (const auto& tensor : step.tensors) {
     const auto dtype = tensor.param.scalar_type();
     check_companion(tensor.grad, {"grads", index}, tensor.param, dtype, at::kFloat);
@@ -160,34 +241,61 @@ void check_and_assemble(const StepLists& lists, Step& step) {
       check_companion(tensor.master_param, name, tensor.param, at::kFloat, at::kFloat);
       check_writable(tensor.master_param, name);
     }
-    if (tensor.step.defined()) check_scalar(tensor.step, c10::str(Name{"steps", applied++}).c_str(), device);
+    if (tensor.step.defined()) check_scalar(tensor.step, {"steps", applied++}, device);
     ++index;
   }
 
-  if (!step.lr_tensors.empty()) check_count("lr", step.lr_tensors.size(), step.groups.size(), "group");
   for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
-    check_lr_tensor(step.lr_tensors[group], static_cast<int64_t>(group), device);
+    check_lr_tensor(step.lr_tensors[group], step.groups[group], static_cast<int64_t>(group), device);
   }
   check_optional(step.squared_norms, "squared_norms", {count, 2}, norm_dtype(device), device);
   check_optional(step.trust_ratios, "trust_ratios", {count}, norm_dtype(device), device);
-  check_scalar(step.grad_scale, "grad_scale", device);
-  check_scalar(step.found_inf, "found_inf", device);
+  check_scalar(step.grad_scale, {"grad_scale"}, device);
+  check_scalar(step.found_inf, {"found_inf"}, device);
   check_workspace(step.workspace, device);
+
+  SharedMemoryCheck shared_memory(params.size() + lists.grads.size() + lists.momentum_buffers.size() +
+                                  lists.master_params.size() + lists.steps.size() + step.lr_tensors.size() +
+                                  5);
+  for_each_tensor(step, [&](const Name& name, const at::Tensor& tensor, bool written) {
+    shared_memory.add(name, tensor, written);
+  });
+  shared_memory.run();
 }
 
 void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
   check_count("grads", grads.size(), params.size(), "parameter");
+  const auto device = device_of(params, {workspace});
   for (size_t i = 0; i < params.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
-    FUSED_LARS_CHECK(params[i].defined(), InvalidTensor, Name{"params", index}, " is undefined");
-    check_param(params[i], index, params[0].device());
+    check_defined(params[i], {"params", index});
+    check_param(params[i], index, device);
     const auto dtype = params[i].scalar_type();
     // An fp32 param may be the master of an fp16 or bf16 one, whose gradient it gets.
-    FUSED_LARS_CHECK(grads[i].defined(), InvalidTensor, Name{"grads", index}, " is undefined");
+    check_defined(grads[i], {"grads", index});
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
     check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);
   }
-  if (!params.empty()) check_workspace(workspace, params[0].device());
+  check_workspace(workspace, device);
+}
+
+void check_autograd_allows(const Step& step) {
+  using Result = torch::autograd::can_mutate_inplace_result;
+  bool any_requires_grad = false;
+  for_each_tensor(step, [&](const Name&, const at::Tensor& tensor, bool) {
+    any_requires_grad |= tensor.defined() && tensor.requires_grad();
+  });
+  for_each_tensor(step, [&](const Name& name, const at::Tensor& tensor, bool written) {
+    if (!written || !tensor.defined()) return;
+    FUSED_LARS_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), InvalidTensor, name,
+                     " is an inference tensor; allowed: in torch.inference_mode() only");
+    const auto result = torch::autograd::can_mutate_inplace(tensor, any_requires_grad);
+    FUSED_LARS_CHECK(result == Result::success, InvalidTensor, name, " is ",
+                     result == Result::is_leaf        ? "a leaf that requires grad"
+                     : result == Result::view_of_leaf ? "a view of a leaf that requires grad"
+                                                      : "a view that autograd does not follow",
+                     "; allowed: under torch.no_grad() only");
+  });
 }
 
 }  // namespace fused_lars

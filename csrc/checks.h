@@ -1,6 +1,6 @@
 #pragma once
 
-// Every check of an op's tensor arguments. All of them run before anything is written.
+// Every check of an op's tensor arguments, but for overlap.h. All of them run before anything is written.
 
 #include "step.h"
 
@@ -19,5 +19,10 @@ void check_and_assemble(const StepLists& lists, Step& step);
 
 // The same for the norms op.
 void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+
+// For a checked step that autograd follows: throws where autograd would refuse to write a tensor.
+void check_autograd_allows(const Step& step);
+
+bool is_parameter_dtype(at::ScalarType dtype);
 
 }  // namespace fused_lars

@@ -63,12 +63,10 @@ at::Tensor run_dense(NormBackend backend, at::TensorList params, at::TensorList 
 }
 
 void fold_host_lr(Step& step) {
-  const bool host_backend = !step.tensors.empty() && step.tensors[0].param.device().is_cpu();
   for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
     auto& lr = step.lr_tensors[group];
-    if (!lr.defined() || !(lr.device().is_cpu() || host_backend)) continue;
+    if (!lr.device().is_cpu()) continue;
     step.groups[group].lr = lr.item<double>();
-    validate(step.groups[group], static_cast<long>(group));
     lr = at::Tensor();
   }
 }

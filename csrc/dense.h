@@ -12,8 +12,7 @@ void run_dense(void (*backend)(const Step&), Step& step);
 at::Tensor run_dense(NormBackend backend, at::TensorList params, at::TensorList grads,
                      const at::Tensor& workspace);
 
-// Reads the lr tensors that live on the host into their groups, validates them and drops them from
-// step.lr_tensors. Never synchronises with a device other than the CPU backend's own need of the value.
+// Moves the lr tensors that live on the host into their groups; step.lr_tensors keeps those on a device.
 void fold_host_lr(Step& step);
 
 }  // namespace fused_lars

@@ -6,6 +6,7 @@
 #include <ostream>
 #include <unordered_set>
 
+#include "checks.h"
 #include "step.h"
 #include "step_calls.h"
 
@@ -13,11 +14,6 @@ namespace fused_lars {
 namespace {
 
 constexpr int64_t kStateVersion = 1;
-
-bool belongs_to(const at::Tensor& buffer, const at::Tensor& weights) {
-  return buffer.sizes() == weights.sizes() && buffer.scalar_type() == weights.scalar_type() &&
-         buffer.device() == weights.device();
-}
 
 // The shortest text that reads back as the same double: 0.0005, not 0.00050000000000000001.
 std::string shortest(double value) {
@@ -107,8 +103,8 @@ void Lars::step_all(at::IntArrayRef ids, at::TensorList weights, at::TensorList 
   std::vector<ParamState> states(ids.size());
   for (size_t i = 0; i < ids.size(); ++i) {
     const auto kept = momentum_buffers_.find(ids[i]);
-    if (kept != momentum_buffers_.end() && belongs_to(kept->second, weights[i])) {
-      states[i].momentum_buffer = kept->second;
+    if (kept != momentum_buffers_.end() && kept->second.sizes() == weights[i].sizes()) {
+      states[i].momentum_buffer = kept->second.to(weights[i].device(), weights[i].scalar_type());
     }
     complete(states[i], weights[i], hyperparameters_);
     calls.add(/*group=*/0, weights[i], grads[i], states[i]);
@@ -142,7 +138,16 @@ Lars Lars::from_state(const State& state) {
                             .with_trust_coefficient(settings[3]));
   // copy.deepcopy of a TorchScript object hands the state over as it is.
   const at::NoGradGuard no_grad;
-  for (size_t i = 0; i < ids.size(); ++i) lars.momentum_buffers_[ids[i]] = buffers[i].clone();
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto& buffer = buffers[i];
+    FUSED_LARS_CHECK(
+        buffer.defined() && buffer.layout() == at::kStrided && is_parameter_dtype(buffer.scalar_type()),
+        InvalidTensor, "the stored momentum buffer of parameter ", ids[i], " is ",
+        buffer.defined() ? c10::str(buffer.scalar_type(), " with layout ", buffer.layout()) : "undefined",
+        "; allowed: Float, Double, Half, BFloat16 with layout Strided");
+    FUSED_LARS_CHECK(lars.momentum_buffers_.emplace(ids[i], buffer.clone()).second, InvalidOption,
+                     "the stored Lars has two momentum buffers for parameter id ", ids[i]);
+  }
   return lars;
 }
 

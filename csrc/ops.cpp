@@ -6,6 +6,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/jit/runtime/operator.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -19,24 +20,26 @@ namespace {
 // The step's arguments, for the op called `name`. Lists of hyperparameters have an entry for each group;
 // group_sizes[i] of the parameters, in order, belong to group i. What the state lists hold is said in
 // fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
-// need; workspace is scratch of any size, zeros on entry and on return, that a caller who keeps it spares
-// the CUDA step an allocation and a memset. Where it is too small it is set to larger memory, which a traced
+// need.
+//
+// workspace is scratch of any size that a caller who keeps it spares the CUDA step an allocation and a
+// memset. It is zeros on entry and on return. Counters in it that are not zero make the CUDA step hang or do
+// nothing; its values cannot be checked without waiting for the device, so it must be made of zeros and
+// written by these ops only, one at a time. Where it is too small it is set to larger memory, which a traced
 // program does not allow: there it is large enough or left out.
-// "-> *", may alias anything afterwards, is for TorchScript: it takes (a!)[] for a write to the list itself
-// and drops an op where the list is not used again, as it does with torch._foreach_add_.
 std::string step_schema(const std::string& name, const std::string& lr) {
   return name +
-         "(Tensor(a! -> *)[] params, Tensor[] grads, Tensor(b! -> *)[] momentum_buffers, "
-         "Tensor(c! -> *)[] master_params, Tensor(d! -> *)[] steps, int[] group_sizes, *, " +
+         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
+         "Tensor(d!)[] steps, int[] group_sizes, *, " +
          lr +
          " lr, float[] momentum, float[] weight_decay, float[] trust_coefficient, float[] eps, float[] "
-         "dampening, "
-         "bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] "
-         "classic_momentum, "
-         "bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? "
-         "found_inf=None, "
-         "Tensor(e!)? trust_ratios=None, Tensor(f!)? workspace=None) -> ()";
+         "dampening, bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] "
+         "classic_momentum, bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, "
+         "Tensor? found_inf=None, Tensor(e!)? trust_ratios=None, Tensor(f!)? workspace=None) -> ()";
 }
+
+// Its first arguments are lists of tensors.
+constexpr size_t kStepLists = 5;
 
 // A backend of the dispatcher: runs a checked step.
 using Backend = void (*)(Step&);
@@ -54,15 +57,27 @@ void bump_versions(const Step& step) {
   bump(step.trust_ratios);
 }
 
-void reference_backend(Step& step) { step_reference(step); }
-
-void meta_backend(Step&) {}
-
+// The backends of step_ are opaque to autograd, which must not object when some tensors are written already.
 template <void (*kernel)(const Step&)>
 void fused_backend(Step& step) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   fold_host_lr(step);
   bump_versions(step);
   run_dense(kernel, step);
+}
+
+void fallback_backend(Step& step) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  bump_versions(step);
+  step_reference(step);
+}
+
+void meta_backend(Step&) {}
+
+// Of reference_step_, which autograd sees through.
+void reference_backend(Step& step) {
+  check_autograd_allows(step);
+  step_reference(step);
 }
 
 // The op itself, for a backend and for lr as numbers (at::ArrayRef<double>) or as tensors (at::TensorList).
@@ -123,11 +138,28 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentu
   if (!step.tensors.empty()) backend(step);
 }
 
+// The same for arguments in a stack. AOTInductor of torch 2.14 passes None for an empty list of tensors.
+template <Backend backend, typename LearningRates>
+void boxed_step_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  static const auto kernel =
+      c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN((step_op<backend, LearningRates>)));
+  const size_t arguments = op.schema().arguments().size();
+  for (size_t i = 0; i < kStepLists; ++i) {
+    auto& list = torch::jit::peek(*stack, i, arguments);
+    if (list.isNone()) list = c10::List<at::Tensor>();
+  }
+  kernel.callBoxed(op, keys, stack);
+}
+
 // The norms op, for a backend that is given checked arguments; `workspace` may be undefined.
 template <NormBackend backend>
 at::Tensor squared_norms_workspace_op(at::TensorList params, at::TensorList grads,
                                       const at::Tensor& workspace) {
   check_norm_arguments(params, grads, workspace);
+  if (params.empty()) {
+    const auto device = workspace.defined() ? workspace.device() : at::Device(at::kCPU);
+    return at::empty({0, 2}, at::TensorOptions(device).dtype(norm_dtype(device)));
+  }
   return backend(params, grads, workspace);
 }
 
@@ -158,10 +190,37 @@ void check_hyperparameters(double lr, double momentum, double weight_decay, doub
             .classic_momentum = classic_momentum});
 }
 
+// TorchScript takes "Tensor(a!)[]" for a write to the list, not to the tensors in it. It would merge reads of
+// a parameter before and after a step, and freeze the parameter. So scripts have operators of their own,
+// without such marks, which are taken to write whatever they can reach. Scripts find them because they are
+// registered first; Python, and with it torch.compile and torch.export, finds the dispatcher's first.
+void register_for_scripts(const std::string& name, const std::string& overload, const std::string& lr) {
+  const auto script = overload.empty() ? "script" : overload + "_script";
+  auto schema = step_schema(c10::str("fused_lars::", name, '.', script), lr);
+  for (size_t mark; (mark = schema.find("!)")) != std::string::npos;) {
+    const size_t begin = schema.rfind('(', mark);
+    schema.erase(begin, mark + 2 - begin);
+  }
+  torch::jit::registerOperator(torch::jit::Operator(
+      std::move(schema),
+      [full_name = "fused_lars::" + name, overload](torch::jit::Stack& stack) {
+        c10::Dispatcher::singleton().findSchemaOrThrow(full_name.c_str(), overload.c_str()).callBoxed(stack);
+      },
+      c10::AliasAnalysisKind::CONSERVATIVE));
+}
+
 template <Backend backend>
 void register_step(torch::Library& library, const std::string& name) {
   library.impl(name.c_str(), step_op<backend, at::ArrayRef<double>>);
   library.impl((name + ".tensor_lr").c_str(), step_op<backend, at::TensorList>);
+}
+
+template <Backend backend>
+void register_boxed_step(torch::Library& library, const std::string& name) {
+  library.impl(name.c_str(),
+               torch::CppFunction::makeFromBoxedFunction<&boxed_step_op<backend, at::ArrayRef<double>>>());
+  library.impl((name + ".tensor_lr").c_str(),
+               torch::CppFunction::makeFromBoxedFunction<&boxed_step_op<backend, at::TensorList>>());
 }
 
 template <NormBackend backend>
@@ -174,6 +233,8 @@ void register_norms(torch::Library& library) {
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   for (const std::string name : {"step_", "reference_step_"}) {
+    register_for_scripts(name, "", "float[]");
+    register_for_scripts(name, "tensor_lr", "Tensor[]");
     library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
@@ -190,13 +251,13 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
 }
 
 TORCH_LIBRARY_IMPL(fused_lars, CPU, library) {
-  register_step<fused_backend<step_cpu>>(library, "step_");
+  register_boxed_step<fused_backend<step_cpu>>(library, "step_");
   register_norms<fused_norm_backend<squared_norms_cpu>>(library);
 }
 
 #ifdef FUSED_LARS_WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_lars, CUDA, library) {
-  register_step<fused_backend<step_cuda>>(library, "step_");
+  register_boxed_step<fused_backend<step_cuda>>(library, "step_");
   register_norms<fused_norm_backend<squared_norms_cuda>>(library);
 }
 #endif
@@ -208,8 +269,15 @@ TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
 
 // Any other device.
 TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
-  register_step<reference_backend>(library, "step_");
+  register_boxed_step<fallback_backend>(library, "step_");
   register_norms<squared_norms_reference>(library);
+}
+
+// step_ returns nothing that autograd could follow. Without this, torch's fallback for operators that have no
+// derivative packs all arguments into a stack and unpacks them again.
+TORCH_LIBRARY_IMPL(fused_lars, Autograd, library) {
+  library.impl("step_", torch::CppFunction::makeFallthrough());
+  library.impl("step_.tensor_lr", torch::CppFunction::makeFallthrough());
 }
 
 // The reference by its own name, which autograd sees through.
@@ -220,7 +288,6 @@ TORCH_LIBRARY_IMPL(fused_lars, CompositeImplicitAutograd, library) {
 void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
            at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
            const std::vector<Hyperparameters>& groups, const StepOptions& options) {
-  if (params.empty() && grads.empty()) return;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fused_lars::step_", "")
                              .typed<decltype(step_op<meta_backend, at::ArrayRef<double>>)>();

@@ -4,8 +4,11 @@
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/optim/serialize.h>
 
+#include <string_view>
 #include <unordered_set>
 
+#include "checks.h"
+#include "step.h"
 #include "step_calls.h"
 
 namespace fused_lars {
@@ -21,7 +24,7 @@ const LARSOptions& options_of(const OptimizerParamGroup& group, size_t index) {
 }
 
 ParamState to_param_state(const LARSParamState& state) {
-  return {state.momentum_buffer(), state.master_param(), state.step()};
+  return {state.momentum_buffer(), state.master_param(), state.step(), state.mark};
 }
 
 std::unique_ptr<LARSParamState> to_lars_state(const ParamState& state) {
@@ -30,59 +33,123 @@ std::unique_ptr<LARSParamState> to_lars_state(const ParamState& state) {
   return result;
 }
 
+// What an archive has for `param`, on its device and in the dtype that its state is kept in.
+ParamState loaded_state(const LARSParamState& archived, const at::Tensor& param, size_t group) {
+  auto state = to_param_state(archived);
+  const auto convert = [&](const char* name, at::Tensor& tensor, at::ScalarType dtype, bool one_element) {
+    if (!tensor.defined()) return;
+    FUSED_LARS_CHECK(tensor.layout() == at::kStrided && is_parameter_dtype(tensor.scalar_type()),
+                     InvalidTensor, "the archive's ", name, " in group ", group, " has dtype ",
+                     tensor.scalar_type(), " and layout ", tensor.layout(),
+                     "; allowed: Float, Double, Half, BFloat16 and Strided");
+    FUSED_LARS_CHECK(
+        one_element ? tensor.numel() == 1 : tensor.sizes() == param.sizes(), ShapeMismatch, "the archive's ",
+        name, " in group ", group, " has shape ", tensor.sizes(), "; expected ",
+        one_element ? std::string("1 element") : c10::str("the shape of its parameter, ", param.sizes()));
+    tensor = tensor.to(param.device(), dtype);
+  };
+  const auto dtype = param.scalar_type();
+  const bool stays_float =
+      is_half(dtype) && state.momentum_buffer.defined() && state.momentum_buffer.scalar_type() == at::kFloat;
+  convert("momentum_buffer", state.momentum_buffer, stays_float ? at::kFloat : dtype, false);
+  convert("master_param", state.master_param, at::kFloat, false);
+  convert("step", state.step, at::kFloat, true);
+  return state;
+}
+
+// An option as an archive keeps it.
+template <typename T>
+torch::IValue to_ivalue(const T& value) {
+  return value;
+}
+torch::IValue to_ivalue(const LayerAdaptation& value) { return value.to_ivalue(); }
+
+template <typename T>
+void from_ivalue(const torch::IValue& stored, T& value) {
+  value = stored.to<T>();
+}
+void from_ivalue(const torch::IValue& stored, LayerAdaptation& value) {
+  value = LayerAdaptation::from_ivalue(stored);
+}
+
 }  // namespace
 
-LARSOptions::LARSOptions(double lr) : lr_(lr) {}
+LayerAdaptation::LayerAdaptation(const char* text) : kind_(kDecayed) {
+  FUSED_LARS_CHECK(std::string_view(text) == "decayed", InvalidOption, "Invalid layer_adaptation value: \"",
+                   text, "\"; allowed: true, false, \"decayed\"");
+}
+
+torch::IValue LayerAdaptation::to_ivalue() const {
+  return kind_ == kDecayed ? torch::IValue("decayed") : torch::IValue(kind_ == kOn);
+}
+
+LayerAdaptation LayerAdaptation::from_ivalue(const torch::IValue& value) {
+  return value.isString() ? LayerAdaptation(value.toStringRef().c_str()) : LayerAdaptation(value.toBool());
+}
+
+LARSOptions::LARSOptions(double lr) { this->lr(lr); }
 
 template <typename Visit>
 void LARSOptions::for_each_option(Visit visit) {
-  visit("lr", &LARSOptions::lr_, &Hyperparameters::lr);
-  visit("momentum", &LARSOptions::momentum_, &Hyperparameters::momentum);
-  visit("weight_decay", &LARSOptions::weight_decay_, &Hyperparameters::weight_decay);
-  visit("trust_coefficient", &LARSOptions::trust_coefficient_, &Hyperparameters::trust_coefficient);
-  visit("eps", &LARSOptions::eps_, &Hyperparameters::eps);
-  visit("dampening", &LARSOptions::dampening_, &Hyperparameters::dampening);
-  visit("nesterov", &LARSOptions::nesterov_, &Hyperparameters::nesterov);
-  visit("maximize", &LARSOptions::maximize_, &Hyperparameters::maximize);
-  visit("trust_clip", &LARSOptions::trust_clip_, &Hyperparameters::trust_clip);
-  visit("layer_adaptation", &LARSOptions::layer_adaptation_, &Hyperparameters::layer_adaptation);
-  visit("classic_momentum", &LARSOptions::classic_momentum_, &Hyperparameters::classic_momentum);
-  visit("master_weights", &LARSOptions::master_weights_, &Hyperparameters::master_weights);
+  visit("lr", &LARSOptions::lr_, &LARSOptions::lr_given_);
+  visit("momentum", &LARSOptions::momentum_, &LARSOptions::momentum_given_);
+  visit("weight_decay", &LARSOptions::weight_decay_, &LARSOptions::weight_decay_given_);
+  visit("trust_coefficient", &LARSOptions::trust_coefficient_, &LARSOptions::trust_coefficient_given_);
+  visit("eps", &LARSOptions::eps_, &LARSOptions::eps_given_);
+  visit("dampening", &LARSOptions::dampening_, &LARSOptions::dampening_given_);
+  visit("nesterov", &LARSOptions::nesterov_, &LARSOptions::nesterov_given_);
+  visit("maximize", &LARSOptions::maximize_, &LARSOptions::maximize_given_);
+  visit("trust_clip", &LARSOptions::trust_clip_, &LARSOptions::trust_clip_given_);
+  visit("layer_adaptation", &LARSOptions::layer_adaptation_, &LARSOptions::layer_adaptation_given_);
+  visit("classic_momentum", &LARSOptions::classic_momentum_, &LARSOptions::classic_momentum_given_);
+  visit("master_weights", &LARSOptions::master_weights_, &LARSOptions::master_weights_given_);
 }
 
 Hyperparameters LARSOptions::hyperparameters() const {
-  Hyperparameters result;
-  for_each_option([&](const char*, auto option, auto field) { result.*field = this->*option; });
-  return result;
+  // Nothing is clipped where "decayed" leaves a step plain, as in timm.
+  const bool is_plain = layer_adaptation_ == "decayed" && !(weight_decay_ > 0.0);
+  return {.lr = lr_,
+          .momentum = momentum_,
+          .weight_decay = weight_decay_,
+          .trust_coefficient = trust_coefficient_,
+          .eps = eps_,
+          .dampening = dampening_,
+          .nesterov = nesterov_,
+          .maximize = maximize_,
+          .trust_clip = trust_clip_ && !is_plain,
+          .layer_adaptation = layer_adaptation_.at(weight_decay_),
+          .classic_momentum = classic_momentum_,
+          .master_weights = master_weights_};
 }
 
 LARSOptions LARSOptions::inherit(const LARSOptions& defaults) const {
+  const LARSOptions fresh;
   LARSOptions result = *this;
-  for_each_option([&](const char*, auto option, auto) {
-    if (!(this->*option).given()) result.*option = defaults.*option;
+  for_each_option([&](const char*, auto option, auto given) {
+    if (!(this->*given) && this->*option == fresh.*option) result.*option = defaults.*option;
   });
   return result;
 }
 
 void LARSOptions::serialize(torch::serialize::OutputArchive& archive) const {
-  for_each_option([&](const char* name, auto, auto field) {
-    archive.write(name, torch::IValue(hyperparameters().*field));
-  });
+  for_each_option(
+      [&](const char* name, auto option, auto) { archive.write(name, to_ivalue(this->*option)); });
 }
 
 void LARSOptions::serialize(torch::serialize::InputArchive& archive) {
-  for_each_option([&](const char* name, auto option, auto field) {
+  for_each_option([&](const char* name, auto option, auto given) {
     torch::IValue value;
     FUSED_LARS_CHECK(archive.try_read(name, value), InvalidOption, "the archive has no option ", name,
                      "; expected one that fused_lars::LARS wrote");
-    this->*option = value.to<std::decay_t<decltype(std::declval<Hyperparameters>().*field)>>();
+    from_ivalue(value, this->*option);
+    this->*given = true;
   });
 }
 
 bool operator==(const LARSOptions& left, const LARSOptions& right) {
   bool equal = true;
-  const auto a = left.hyperparameters(), b = right.hyperparameters();
-  LARSOptions::for_each_option([&](const char*, auto, auto field) { equal &= a.*field == b.*field; });
+  LARSOptions::for_each_option(
+      [&](const char*, auto option, auto) { equal &= left.*option == right.*option; });
   return equal;
 }
 
@@ -142,6 +209,7 @@ at::Tensor LARS::step(LossClosure closure) {
     groups.push_back(options_of(group, groups.size()).hyperparameters());
   StepCalls calls(groups);
   std::vector<std::pair<void*, ParamState>> new_states;  // entered when the step has succeeded
+  std::vector<at::Tensor> with_master;
   for (size_t index = 0; index < groups.size(); ++index) {
     for (const auto& param : param_groups_[index].params()) {
       const auto& grad = param.grad();
@@ -151,11 +219,15 @@ at::Tensor LARS::step(LossClosure closure) {
       if (kept != state_.end()) state = to_param_state(static_cast<const LARSParamState&>(*kept->second));
       const bool made = complete(state, param, groups[index]);
       calls.add(index, param, grad, state);
+      if (needs_master(groups[index], param.scalar_type())) with_master.push_back(param);
       if (made) new_states.emplace_back(param.unsafeGetTensorImpl(), std::move(state));
     }
   }
   calls.run(workspaces_);
   for (const auto& [key, state] : new_states) state_[key] = to_lars_state(state);
+  for (const auto& param : with_master) {
+    static_cast<LARSParamState&>(*state_.at(param.unsafeGetTensorImpl())).mark = mark_of(param);
+  }
   return loss;
 }
 
@@ -171,16 +243,8 @@ void LARS::load(torch::serialize::InputArchive& archive) {
     for (const auto& param : loaded.param_groups_[index].params()) {
       const auto kept = loaded.state_.find(param.unsafeGetTensorImpl());
       if (kept == loaded.state_.end()) continue;
-      auto state = to_param_state(static_cast<const LARSParamState&>(*kept->second));
-      for (auto* tensor : {&state.momentum_buffer, &state.master_param}) {
-        if (!tensor->defined()) continue;
-        FUSED_LARS_CHECK(tensor->sizes() == param.sizes(), ShapeMismatch, "the archive's state in group ",
-                         index, " has shape ", tensor->sizes(), "; expected the shape of its parameter, ",
-                         param.sizes());
-        *tensor = tensor->to(param.device());
-      }
-      if (state.step.defined()) state.step = state.step.to(param.device());
-      kept->second = to_lars_state(state);
+      kept->second =
+          to_lars_state(loaded_state(static_cast<const LARSParamState&>(*kept->second), param, index));
     }
   }
   state_ = std::move(loaded.state_);

@@ -42,8 +42,9 @@ struct Step {
 // What state a parameter keeps. The lists of an op hold a tensor for exactly the parameters that need one.
 inline bool needs_momentum_buffer(const Hyperparameters& group) { return group.momentum > 0.0; }
 inline bool needs_step(const Hyperparameters& group) { return group.momentum > 0.0 && group.dampening > 0.0; }
+inline bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
 inline bool needs_master(const Hyperparameters& group, at::ScalarType param) {
-  return group.master_weights && (param == at::kHalf || param == at::kBFloat16);
+  return group.master_weights && is_half(param);
 }
 
 // The dtype of norms and trust ratios: fp64, but fp32 on devices that have no fp64.

@@ -1,6 +1,7 @@
 #include "step_calls.h"
 
 #include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -10,6 +11,24 @@
 #include "fused_lars/ops.h"
 
 namespace fused_lars {
+namespace {
+
+// Gives `master` the elements of `param` that it does not round to; the others keep their low bits. They are
+// compared as bits, so that -0 is a value of its own.
+void take_over(const at::Tensor& param, const at::Tensor& master) {
+  // What does not fit is for the op to refuse.
+  if (param.sizes() != master.sizes() || param.device() != master.device()) return;
+  const auto bits = [](const at::Tensor& tensor) { return tensor.view(at::kShort); };
+  const auto written = bits(param.detach()).ne(bits(master.to(param.scalar_type())));
+  master.copy_(at::where(written, param.detach(), master));
+}
+
+}  // namespace
+
+ParamMark mark_of(const at::Tensor& param) {
+  if (param.is_inference() || !param.has_storage()) return std::nullopt;
+  return std::make_pair(param._version(), static_cast<const void*>(param.const_data_ptr()));
+}
 
 bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group) {
   const bool master = needs_master(group, param.scalar_type());
@@ -27,6 +46,9 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
   }
   make(state.momentum_buffer, needs_momentum_buffer(group),
        [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
+  if (master && state.master_param.defined() && (!state.mark || state.mark != mark_of(param))) {
+    take_over(param, state.master_param);
+  }
   make(state.master_param, master, [&] { return param.detach().to(at::kFloat); });
   // A buffer that was there before dampening was has seen its first update.
   make(state.step, needs_step(group),

@@ -4,16 +4,24 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "fused_lars/hyperparameters.h"
 
 namespace fused_lars {
 
+// Where a parameter stands: a write changes its version or, as set_data does, its address. Nothing where that
+// is not known: a tensor of inference mode has no version. Writes through .data() show in neither.
+using ParamMark = std::optional<std::pair<uint32_t, const void*>>;
+ParamMark mark_of(const at::Tensor& param);
+
 // What one parameter keeps between steps; undefined where its group keeps none.
 struct ParamState {
   at::Tensor momentum_buffer, master_param, step;
+  ParamMark mark;  // after the last step; not stored
 };
 
 // Scratch that the CUDA step leaves clean for the next one. The op gives it larger memory where it is too
@@ -21,7 +29,8 @@ struct ParamState {
 // last one is the one in use.
 using Workspaces = std::unordered_map<at::Device, std::vector<at::Tensor>>;
 
-// Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make.
+// Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make. A
+// master takes over what was written into its parameter since the mark.
 bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group);
 
 class StepCalls {

@@ -1,5 +1,6 @@
-"""Training without Python by torch.export: AOTInductor compiles loss and gradients, Lars makes the step."""
+"""Training without Python by torch.export: AOTInductor compiles loss and gradients, or the whole step."""
 
+import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -8,8 +9,24 @@ import cpp_program
 from fused_lars import Lars
 from scripted_trainer import batches
 
+OPS = torch.ops.fused_lars
+OPTIONS = {
+    "momentum": [0.9],
+    "weight_decay": [1e-3],
+    "trust_coefficient": [0.02],
+    "eps": [0.0],
+    "dampening": [0.0],
+    "nesterov": [False],
+    "maximize": [False],
+    "trust_clip": [False],
+    "layer_adaptation": [True],
+    "classic_momentum": [True],
+    "master_weights": [False],
+}
 
-def test_a_program_trains_what_was_exported(tmp_path):
+
+def make_model():
+    """The parameters of a model, and its loss as a function of them and a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
     names, params = zip(*((name, p.detach()) for name, p in model.named_parameters()))
@@ -19,16 +36,35 @@ def test_a_program_trains_what_was_exported(tmp_path):
             torch.func.functional_call(model, dict(zip(names, params)), (x,)), y
         )
 
+    return list(params), loss
+
+
+def compile_package(function, inputs, path) -> str:
+    # torch.export takes no gradients, so it is handed a graph in which they are operators like any other.
+    inputs = [tensor.clone() for tensor in inputs]
+    program = torch.export.export(make_fx(function)(*inputs), tuple(inputs))
+    return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def assert_close(printed: str, losses, trained, params):
+    """Inductor's kernels round the gradients in their own way."""
+    torch.testing.assert_close(
+        torch.tensor([float(line) for line in printed.split()]), torch.stack(losses), rtol=1e-4, atol=0.0
+    )
+    for param, other in zip(params, torch.load(trained, weights_only=False), strict=True):
+        torch.testing.assert_close(other, param, rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_trains_what_was_exported(tmp_path):
+    params, loss = make_model()
+
     def gradients_and_loss(*inputs):
         gradients, value = torch.func.grad_and_value(loss)(inputs[:-2], *inputs[-2:])
         return (*gradients, value)
 
     data = batches(6)
-    # torch.export takes no gradients, so it is handed a graph in which they are operators like any other.
-    graph = make_fx(gradients_and_loss)(*params, *data[0])
-    program = torch.export.export(graph, (*params, *data[0]))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "gradients.pt2"))
-    torch.save((list(params), data), tmp_path / "run.pt")
+    package = compile_package(gradients_and_loss, [*params, *data[0]], tmp_path / "gradients.pt2")
+    torch.save((params, data), tmp_path / "run.pt")
     printed = cpp_program.run("train_exported", package, tmp_path / "run.pt", tmp_path / "trained.pt")
 
     optimizer = Lars(2.0).with_momentum(0.9).with_weight_decay(1e-3).with_trust_coefficient(0.02)
@@ -36,13 +72,80 @@ def test_a_program_trains_what_was_exported(tmp_path):
     for batch in data:
         *gradients, value = gradients_and_loss(*params, *batch)
         losses.append(value)
-        optimizer.step_all(list(range(len(params))), list(params), gradients)
-    torch.testing.assert_close(
-        torch.tensor([float(line) for line in printed.split()]), torch.stack(losses), rtol=1e-4, atol=0.0
-    )
-    # Inductor's kernels round the gradients in their own way.
-    for param, trained in zip(params, torch.load(tmp_path / "trained.pt", weights_only=False)):
-        torch.testing.assert_close(trained, param, rtol=1e-4, atol=1e-5)
+        optimizer.step_all(list(range(len(params))), params, gradients)
+    assert_close(printed, losses, tmp_path / "trained.pt", params)
     assert not [
         name for name in cpp_program.libraries(cpp_program.path("train_exported")) if "python" in name
     ]
+
+
+def training_step(loss, count, op):
+    """Of parameters, momentum buffers, a batch and lr; it updates the first two and returns the loss."""
+
+    def step(*inputs):
+        params, buffers, (x, y, lr) = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+        gradients, value = torch.func.grad_and_value(loss)(params, x, y)
+        # Parameters of fp32 have no masters and, without dampening, no counts: the lists are empty.
+        op(list(params), list(gradients), list(buffers), [], [], [count], lr=[lr], **OPTIONS)
+        return value
+
+    return step
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+def test_a_package_holds_the_whole_training_step(op, tmp_path):
+    params, loss = make_model()
+    step = training_step(loss, len(params), getattr(OPS, op).tensor_lr)
+    buffers, data = [torch.zeros_like(p) for p in params], batches(6)
+    lr = torch.tensor(2.0, dtype=torch.float64)
+    package = compile_package(step, [*params, *buffers, *data[0], lr], tmp_path / "step.pt2")
+    torch.save((params, data), tmp_path / "run.pt")
+    printed = cpp_program.run("train_packaged", package, tmp_path / "run.pt", tmp_path / "trained.pt")
+
+    losses = []
+    for batch in data:
+        losses.append(step(*params, *buffers, *batch, lr))
+        lr *= 0.5
+    assert_close(printed, losses, tmp_path / "trained.pt", params)
+
+
+# ---------------------------------------------------------------- inside of torch.func.grad
+# There tensors are wrapped and have no storage to look at.
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x[:, ::2], lambda x: x.t()], ids=["all", "columns", "t"]
+)
+def test_gradients_through_a_step(view):
+    weight, grad = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+
+    def loss(weight, grad):
+        stepped, buffer = weight.clone(), torch.zeros_like(weight)
+        OPS.reference_step_([view(stepped)], [view(grad)], [view(buffer)], [], [], [1], lr=[0.5], **OPTIONS)
+        return stepped.square().sum()
+
+    leaf = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, grad), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(weight, grad), expected)
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(torch.func.grad(loss), tracing_mode=mode)(weight, grad)
+        torch.testing.assert_close(graph(weight, grad), expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+def test_a_training_step_is_traced(op, mode):
+    params, loss = make_model()
+    step = training_step(loss, len(params), getattr(OPS, op).tensor_lr)
+    inputs = [*params, *map(torch.zeros_like, params), *batches(1)[0], torch.tensor(2.0)]
+
+    def copies():
+        return [tensor.clone() for tensor in inputs]
+
+    graph, expected = make_fx(step, tracing_mode=mode)(*copies()), copies()
+    program = torch.export.export(graph, tuple(copies())).module()
+    value = step(*expected)
+    for function in (graph, program):
+        got = copies()
+        assert torch.equal(function(*got), value)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))

@@ -1,6 +1,7 @@
 """find_package(fused_lars) from an installed wheel and a CMake install, by a project outside of the tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import cpp_program
+import fused_lars
 
 ROOT = Path(__file__).parent.parent
 # Packages that the CMake package of a CUDA build of torch asks for, and without a toolkit does not find.
@@ -78,3 +80,37 @@ def test_a_project_outside_of_the_tree(installed, request, tmp_path):
     libraries = cpp_program.libraries(build / "consumer")
     assert "libfused_lars.so" in libraries
     assert not [name for name in libraries if "python" in name]
+
+
+def test_a_project_that_adds_the_sources(tmp_path):
+    """It is configured and not built, which would build all of the library again."""
+    run(
+        *(tool("cmake"), "-S", ROOT / "tests" / "consumer", "-B", tmp_path, f"-DFUSED_LARS_SOURCE={ROOT}"),
+        *("-DFUSED_LARS_CUDA=0", f"-DPython3_EXECUTABLE={sys.executable}"),
+    )
+    # What is the project's to say is left to it.
+    assert re.search("^CMAKE_BUILD_TYPE:.*=$", (tmp_path / "CMakeCache.txt").read_text(), re.MULTILINE)
+
+
+LIBRARY = Path(fused_lars.__file__).parent / "lib" / "libfused_lars.so"
+
+
+def test_the_library_shows_its_api_only():
+    """Functions and data of its own are those that a header declares; the rest is inlined from torch's."""
+    headers = "".join(file.read_text() for file in (ROOT / "csrc" / "include").rglob("*.h"))
+    names = set(re.findall(r"\w+", headers))
+    symbols = re.findall(r"^\w+ ([A-TX-Z]) (.*)$", run("nm", "-DC", "--defined-only", LIBRARY), re.MULTILINE)
+    assert len(symbols) > 20
+    for _, symbol in symbols:
+        found = re.match(r"(?:non-virtual thunk to )?fused_lars::([\w:]+)", symbol)
+        assert found, symbol
+        assert set(re.findall(r"\w+", found[1])) <= names, symbol
+    assert not re.search("fused_lars.*anonymous namespace", run("nm", "-DC", "--defined-only", LIBRARY))
+
+
+def test_errors_do_not_say_where_the_library_was_built():
+    text = LIBRARY.read_bytes()
+    assert b"csrc/checks.cpp" in text
+    for folder in (ROOT / "csrc", Path(torch.__file__).parent / "include"):
+        for path in (folder, folder.resolve()):
+            assert str(path).encode() not in text

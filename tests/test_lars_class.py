@@ -1,6 +1,8 @@
 """fused_lars.Lars, the TorchScript class, from eager Python; tests/cpp/test_lars.cpp has its C++ side."""
 
 import copy
+import copyreg
+import io
 import os
 import pickle
 import subprocess
@@ -86,7 +88,12 @@ def test_gives_the_bits_of_the_optimizer_class(device):
     weights = tensors(device, *shapes)
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     optimizer = fused_lars.LARS(
-        params, RULE.lr, RULE.momentum, RULE.weight_decay, RULE.trust_coefficient, fused=True
+        params,
+        RULE.lr,
+        RULE.momentum,
+        weight_decay=RULE.weight_decay,
+        trust_coefficient=RULE.trust_coefficient,
+        fused=True,
     )
     together, apart, nodes = make(), make(), make()
     alone, leaves = [w.clone() for w in weights], [w.clone().requires_grad_() for w in weights]
@@ -220,6 +227,67 @@ torch.save((repr(lars), weight), {str(tmp_path / "end.pt")!r})
     text, resumed = torch.load(tmp_path / "end.pt")
     assert text == repr(lars)
     assert torch.equal(resumed, weight)
+
+
+def test_loads_by_default(tmp_path):
+    """With weights_only=True, and without an import before pickle.loads: the pickle names the package."""
+    lars = make()
+    lars.step(3, torch.ones(4), torch.ones(4))
+    torch.save({"optimizer": lars}, tmp_path / "saved.pt")
+    loaded = torch.load(tmp_path / "saved.pt", weights_only=True)["optimizer"]
+    assert isinstance(loaded, Lars)
+    assert repr(loaded) == repr(lars)
+    code = f"import pickle; print(pickle.loads({pickle.dumps(lars)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == repr(lars)
+
+
+def test_files_of_the_time_before_load():
+    """Objects of TorchScript are pickled by their state where nothing else is registered."""
+    lars = make()
+    lars.step(3, torch.ones(4), torch.ones(4))
+    file = io.BytesIO()
+    reduce = copyreg.dispatch_table.pop(torch.ScriptObject)
+    try:
+        torch.save(lars, file)
+    finally:
+        copyreg.dispatch_table[torch.ScriptObject] = reduce
+    for weights_only in (False, True):
+        file.seek(0)
+        with torch.serialization.safe_globals([torch.ScriptObject]):
+            assert repr(torch.load(file, weights_only=weights_only)) == repr(lars)
+
+
+def test_other_objects_of_torchscript_are_pickled_as_before():
+    packed = torch.ops.quantized.conv2d_prepack(
+        torch.quantize_per_tensor(torch.ones(2, 1, 3, 3), 0.1, 0, torch.qint8),
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        1,
+    )
+    assert isinstance(packed, torch.ScriptObject)
+    assert not isinstance(packed, Lars)
+    again = pickle.loads(pickle.dumps(packed))
+    assert torch.equal(again.unpack()[0].dequantize(), packed.unpack()[0].dequantize())
+
+
+def test_damaged_copies_are_refused_without_a_crash():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "fuzz_lars.py"), "250"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        refused = int(line.partition("'refused': ")[2].split(",")[0].rstrip("}"))
+        assert refused > 125, line
+    assert len(done.stdout.splitlines()) == 4
 
 
 def environment() -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Lars in TorchScript: scripted, saved with its state, and trained on with and without Python."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 import cpp_program
 import fused_lars
@@ -110,6 +112,33 @@ def test_a_loaded_optimizer_can_be_changed(half):
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 
+@pytest.mark.parametrize("move", ["double", "cuda"])
+def test_a_loaded_module_that_is_moved_keeps_its_momentum(move, tmp_path):
+    """The module moves its weights, not the optimizer that it holds."""
+    if move == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch.cuda is not available")
+    scripted = torch.jit.script(Trainer())
+    train(scripted, batches(HALF))
+    scripted.save(tmp_path / "half.pt")
+    moved, expected = torch.jit.load(tmp_path / "half.pt"), Trainer()
+    expected.load_state_dict(scripted.state_dict())
+    (version, settings, ids, buffers), name = scripted.optimizer.__getstate__()
+    if move == "double":
+        moved.double()
+        expected.double()
+        state = (version, settings, ids, [buffer.double() for buffer in buffers])
+        rest = [(x.double(), y) for x, y in batches(STEPS)[HALF:]]
+    else:
+        moved.to("cuda")
+        expected.to("cuda")
+        state = (version, settings, ids, [buffer.cuda() for buffer in buffers])
+        rest = batches(STEPS, "cuda")[HALF:]
+    expected.optimizer = torch.ScriptObject.__new__(torch.ScriptObject)
+    expected.optimizer.__setstate__((state, name))
+    assert train(moved, rest) == train(expected, rest)
+    assert_same_bits(moved, expected)
+
+
 def test_errors_inside_of_scripted_code_are_runtime_errors():
     @torch.jit.script
     def make(lr: float):
@@ -145,3 +174,142 @@ def test_the_ops_run_in_the_interpreter(device):
         step(param, grad, buffer)
         lars.step(0, other, grad)
     torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- reads before and after the op in scripts
+# TorchScript merges two reads of a tensor where it sees no write between them.
+
+
+def step_(weight: Tensor, grad: Tensor, buffer: Tensor):
+    torch.ops.fused_lars.step_(
+        [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
+        trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
+        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+    )  # fmt: skip
+
+
+def step_tensor_lr(weight: Tensor, grad: Tensor, buffer: Tensor):
+    torch.ops.fused_lars.step_(
+        [weight], [grad], [buffer], [], [], [1], lr=[torch.full([], 0.5)], momentum=[0.9], weight_decay=[0.1],
+        trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
+        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+    )  # fmt: skip
+
+
+def reference_step_(weight: Tensor, grad: Tensor, buffer: Tensor):
+    torch.ops.fused_lars.reference_step_(
+        [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
+        trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
+        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+    )  # fmt: skip
+
+
+class Model(torch.nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 3).to(device).requires_grad_(False)
+        self.register_buffer("momentum_buffer", torch.zeros_like(self.layer.weight))
+        self.register_buffer("grad", torch.ones_like(self.layer.weight))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().sum()
+
+    def step(self):
+        step_(self.layer.weight, self.grad, self.momentum_buffer)
+
+
+class StraightLine(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        before, buffer_before = self.loss(x), self.momentum_buffer.sum()
+        self.step()
+        return [before, self.loss(x), buffer_before, self.momentum_buffer.sum()]
+
+
+class TensorLr(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        before = self.loss(x)
+        step_tensor_lr(self.layer.weight, self.grad, self.momentum_buffer)
+        return [before, self.loss(x)]
+
+
+class Reference(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        before = self.loss(x)
+        reference_step_(self.layer.weight, self.grad, self.momentum_buffer)
+        return [before, self.loss(x)]
+
+
+class TwoSteps(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        losses = [self.loss(x)]
+        self.step()
+        losses.append(self.loss(x))
+        self.step()
+        losses.append(self.loss(x))
+        return losses
+
+
+class Loop(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        losses = [self.loss(x)]
+        for _ in range(3):
+            self.step()
+        losses.append(self.loss(x))
+        for _ in range(2):
+            losses.append(self.loss(x))
+            self.step()
+        return losses
+
+
+class Branch(Model):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        before = self.loss(x)
+        if bool(before > 0):
+            self.step()
+            inside = self.loss(x)
+        else:
+            inside = before
+        return [before, inside, self.loss(x)]
+
+
+class View(Model):
+    """What is stepped is read by another name."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        row, transposed = self.layer.weight[0], self.layer.weight.t()
+        before = [row.sum(), transposed.sum()]
+        step_(transposed, self.grad.t(), self.momentum_buffer.t())
+        before += [row.sum(), transposed.sum(), self.loss(x)]
+        return before
+
+
+def scripted(module, x, tmp_path):
+    return torch.jit.script(module)
+
+
+def saved(module, x, tmp_path):
+    torch.jit.script(module).save(tmp_path / "module.pt")
+    return torch.jit.load(tmp_path / "module.pt")
+
+
+def frozen(module, x, tmp_path):
+    return torch.jit.freeze(torch.jit.script(module.eval()))
+
+
+def optimized_for_inference(module, x, tmp_path):
+    return torch.jit.optimize_for_inference(torch.jit.script(module.eval()))
+
+
+@pytest.mark.parametrize("make", [scripted, saved, frozen, optimized_for_inference])
+@pytest.mark.parametrize("kind", [StraightLine, TensorLr, Reference, TwoSteps, Loop, Branch, View])
+def test_scripts_read_what_a_step_has_written(kind, make, device, tmp_path):
+    torch.manual_seed(0)
+    eager, x = kind(device), torch.randn(4, 5).to(device)
+    script = make(copy.deepcopy(eager), x, tmp_path)
+    losses = []
+    for _ in range(4):  # it is optimized after the first calls
+        expected, got = eager(x), script(x)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        losses += [loss.item() for loss in expected[:2]]
+    assert len(set(losses)) > 4, "the steps move what is read"

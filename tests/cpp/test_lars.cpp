@@ -127,12 +127,12 @@ TEST(Lars, UpdatesStridedAndEmptyTensorsInPlace) {
   EXPECT_TRUE(same_bits(whole.slice(1, 0, 2), untouched.slice(1, 0, 2)));
 }
 
-// What is under an id starts again when another kind of tensor comes: as a new optimizer would do it.
-TEST(Lars, VelocityStartsAgainWhenShapeOrDtypeChanges) {
+// What is under an id starts again when a tensor of another shape comes: as a new optimizer would do it.
+TEST(Lars, VelocityStartsAgainWhenTheShapeChanges) {
   auto lars = with_everything();
   lars.step(0, random_tensor({4}, 1), random_tensor({4}, 2));
   for (const auto& [shape, dtype] : std::vector<std::pair<std::vector<int64_t>, torch::Dtype>>{
-           {{2, 2}, torch::kFloat}, {{2, 2}, torch::kDouble}, {{4}, torch::kDouble}}) {
+           {{2, 2}, torch::kFloat}, {{4}, torch::kDouble}}) {
     auto weights = random_tensor(shape, 3, dtype), fresh_weights = weights.clone();
     const auto grad = random_tensor(shape, 4, dtype);
     auto fresh = with_everything();
@@ -143,6 +143,23 @@ TEST(Lars, VelocityStartsAgainWhenShapeOrDtypeChanges) {
     EXPECT_TRUE(same_bits(weights, fresh_weights)) << shape << dtype;
   }
   EXPECT_CONTAINS(printed(lars), "states=1");
+}
+
+// A module that is moved by .double() takes its weights along, not the optimizer that it holds.
+TEST(Lars, VelocityFollowsItsWeightsToAnotherDtype) {
+  auto lars = with_everything();
+  auto weights = random_tensor({4}, 1);
+  expected::Parameter want(weights);
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kFloat}) {
+    weights = weights.to(dtype);
+    const auto grad = random_tensor({4}, 2, dtype);
+    lars.step(0, weights, grad);
+    want.step(everything, grad);
+    expect_close(weights.to(torch::kFloat), want, c10::str(dtype));
+  }
+  const auto failed = random_tensor({4}, 3, torch::kDouble);
+  MESSAGE_OF(lars.step(0, failed, torch::ones({4}, torch::kInt)), fused_lars::InvalidTensor);
+  EXPECT_EQ(std::get<3>(lars.state())[0].scalar_type(), torch::kFloat) << "a failed step has converted it";
 }
 
 TEST(Lars, ClearStateForgetsEveryVelocity) {
@@ -321,6 +338,19 @@ TEST(Lars, StateRoundTripsAndOtherVersionsAreRefused) {
   state = original.state();
   std::get<1>(state)[1] = 3.0;
   MESSAGE_OF(Lars::from_state(state), fused_lars::InvalidMomentum);
+
+  // A step would take these for momentum, or not get so far.
+  for (const auto& bad : {torch::Tensor(), torch::ones({4}, torch::kLong), torch::ones({4}).to_sparse()}) {
+    state = original.state();
+    std::get<3>(state)[0] = bad;
+    EXPECT_CONTAINS(MESSAGE_OF(Lars::from_state(state), fused_lars::InvalidTensor),
+                    "the stored momentum buffer of parameter 5 is ");
+  }
+  state = original.state();
+  std::get<2>(state).push_back(5);
+  std::get<3>(state).push_back(torch::ones({4}));
+  EXPECT_EQ(MESSAGE_OF(Lars::from_state(state), fused_lars::InvalidOption),
+            "the stored Lars has two momentum buffers for parameter id 5");
 }
 
 // Written against the interfaces only: a schedule and a wrapper that know nothing of Lars.

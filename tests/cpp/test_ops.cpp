@@ -137,6 +137,116 @@ TEST(Step, FaultsAreNamedByListAndIndex) {
   EXPECT_TRUE(same_bits(a, torch::ones({2})));
 }
 
+TEST(Step, WhatIsWrittenNeedsMemoryOfItsOwn) {
+  const auto all = random_tensor({24}, 1), before = all.clone();
+  const auto part = [&](int64_t from, int64_t to) { return all.slice(0, from, to); };
+  const auto own = [](int64_t size) { return random_tensor({size}, 2); };
+  const auto message = [](at::TensorList params, at::TensorList grads, at::TensorList buffers,
+                          const StepOptions& options = {}) {
+    return MESSAGE_OF(fused_lars::step_(params, grads, buffers, {}, {}, {static_cast<int64_t>(params.size())},
+                                        {group}, options),
+                      fused_lars::InvalidTensor);
+  };
+  const auto shared = [](const char* later, const char* earlier) {
+    return c10::str(later, " shares memory with ", earlier,
+                    "; every tensor that a step writes needs memory of its own");
+  };
+  EXPECT_EQ(message({all, all}, {own(24), own(24)}, {own(24), own(24)}), shared("params[1]", "params[0]"));
+  EXPECT_EQ(message({all, all.detach()}, {own(24), own(24)}, {own(24), own(24)}),
+            shared("params[1]", "params[0]"));
+  EXPECT_EQ(message({own(3), part(4, 8), part(0, 5)}, {own(3), own(4), own(5)}, {own(3), own(4), own(5)}),
+            shared("params[2]", "params[1]"));
+  EXPECT_EQ(message({part(0, 4)}, {own(4)}, {part(3, 7)}), shared("momentum_buffers[0]", "params[0]"));
+  EXPECT_EQ(message({part(0, 4)}, {part(0, 4)}, {own(4)}), shared("grads[0]", "params[0]"));
+  EXPECT_EQ(message({part(0, 4)}, {own(4)}, {own(4)}, {.grad_scale = part(2, 3)}),
+            shared("grad_scale", "params[0]"));
+  const auto ratios = torch::zeros({2}, torch::kDouble);
+  EXPECT_EQ(message({own(2)}, {own(2)}, {own(2)},
+                    {.squared_norms = ratios.view({1, 2}), .trust_ratios = ratios.slice(0, 1)}),
+            shared("trust_ratios", "squared_norms"));
+  EXPECT_TRUE(same_bits(all, before));
+
+  // Neighbours do not, nor what is only read, nor tensors without elements.
+  const auto grad = own(8);
+  fused_lars::step_({part(0, 8), part(8, 16), part(3, 3)}, {grad, grad, part(3, 3)},
+                    {part(16, 24), own(8), part(3, 3)}, {}, {}, {3}, {group},
+                    {.grad_scale = torch::ones({}), .found_inf = torch::zeros({})});
+  EXPECT_FALSE(same_bits(all, before));
+}
+
+// A tensor that is not there is no tensor that is not needed.
+TEST(Step, UndefinedTensorsAreNamed) {
+  const auto param = random_tensor({4}, 1, torch::kHalf), before = param.clone(), grad = torch::ones({4});
+  const Hyperparameters all_state{
+      .momentum = 0.9, .dampening = 0.5, .classic_momentum = false, .master_weights = true};
+  const std::vector<at::Tensor> none{at::Tensor()}, one{torch::zeros({4})}, count{torch::zeros({1})};
+  const auto message = [&](at::TensorList params, at::TensorList grads, at::TensorList buffers,
+                           at::TensorList masters, at::TensorList steps) {
+    return MESSAGE_OF(fused_lars::step_(params, grads, buffers, masters, steps, {1}, {all_state}),
+                      fused_lars::InvalidTensor);
+  };
+  EXPECT_EQ(message(none, {grad}, one, one, count), "params[0] is undefined");
+  EXPECT_EQ(message({param}, none, one, one, count), "grads[0] is undefined");
+  EXPECT_EQ(message({param}, {grad}, none, one, count), "momentum_buffers[0] is undefined");
+  EXPECT_EQ(message({param}, {grad}, one, none, count), "master_params[0] is undefined");
+  EXPECT_EQ(message({param}, {grad}, one, one, none), "steps[0] is undefined");
+  EXPECT_TRUE(same_bits(param, before));
+}
+
+TEST(Step, AStepCountThatCannotBeWrittenIsFoundFirst) {
+  const std::vector<at::Tensor> params{random_tensor({4}, 1), random_tensor({4}, 2)};
+  const std::vector<at::Tensor> before{params[0].clone(), params[1].clone()};
+  const std::vector<at::Tensor> grads{torch::ones({4}), torch::ones({4})};
+  const std::vector<at::Tensor> buffers{torch::zeros({4}), torch::zeros({4})};
+  const Hyperparameters damped{.momentum = 0.9, .dampening = 0.5, .classic_momentum = false};
+  EXPECT_EQ(MESSAGE_OF(fused_lars::step_(params, grads, buffers, {},
+                                         {torch::zeros({1}), torch::zeros({1}).to_sparse()}, {2}, {damped}),
+                       fused_lars::InvalidTensor),
+            "steps[1] has layout Sparse; allowed: Strided");
+  EXPECT_TRUE(same_bits(params[0], before[0]) && same_bits(params[1], before[1]));
+}
+
+TEST(Step, WithoutParametersIsCheckedToo) {
+  const auto buffer = torch::zeros({2});
+  fused_lars::step_({}, {}, {}, {}, {}, {}, {});
+  fused_lars::step_({}, {}, {}, {}, {}, {0, 0}, {group, group},
+                    {.trust_ratios = torch::zeros({0}, torch::kDouble)});
+  EXPECT_CONTAINS(
+      MESSAGE_OF(fused_lars::step_({}, {}, {buffer}, {}, {}, {0}, {group}), fused_lars::InvalidTensor),
+      "momentum_buffers has 1 tensors; expected 0");
+  MESSAGE_OF(fused_lars::step_({}, {buffer}, {}, {}, {}, {0}, {group}), fused_lars::InvalidTensor);
+  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {1}, {group}), fused_lars::InvalidTensor);
+  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {0}, {{.lr = -1}}), fused_lars::InvalidLearningRate);
+  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {}, {group}), fused_lars::InvalidOption);
+  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {0}, {group}, {.squared_norms = buffer}),
+             fused_lars::ShapeMismatch);
+}
+
+TEST(Step, SizesOfGroupsThatOverflowAreFound) {
+  const auto a = torch::ones({2}), b = torch::ones({2});
+  const int64_t huge = std::numeric_limits<int64_t>::max();
+  EXPECT_CONTAINS(MESSAGE_OF(fused_lars::step_({a, b}, {torch::ones({2}), torch::ones({2})}, {}, {}, {},
+                                               {huge, huge, 4}, {{}, {}, {}}),
+                             fused_lars::InvalidTensor),
+                  "sum to more than 2, the number of parameters");
+  EXPECT_TRUE(same_bits(a, torch::ones({2})));
+}
+
+TEST(Step, ErrorsNameTheFileButNotWhereItWasBuilt) {
+  try {
+    fused_lars::step_({torch::ones({2})}, {torch::ones({3})}, {torch::zeros({2})}, {}, {}, {1}, {group});
+    FAIL();
+  } catch (const fused_lars::ShapeMismatch& error) {
+    EXPECT_CONTAINS(error.what(), " at csrc/checks.cpp:");
+  }
+}
+
+TEST(SquaredNorms, OfNoTensors) {
+  const auto norms = fused_lars::squared_norms({}, {});
+  EXPECT_EQ(norms.sizes(), (std::vector<int64_t>{0, 2}));
+  EXPECT_EQ(norms.scalar_type(), torch::kDouble);
+}
+
 TEST(SquaredNorms, OfEveryDtypeInDouble) {
   std::vector<torch::Tensor> params, grads;
   for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kHalf, torch::kBFloat16}) {

@@ -120,6 +120,52 @@ TEST(LARS, MasterWeightsKeepWhatHalfPrecisionWouldLose) {
   EXPECT_TRUE(same_bits(param.detach(), state.master_param().to(torch::kBFloat16)));
 }
 
+// A write, a value set by set_data, and one that changes nothing.
+TEST(LARS, MastersTakeOverWhatIsWrittenIntoTheirParameters) {
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    const auto param = leaf({64}, 1, dtype), twin = param.detach().to(torch::kFloat).requires_grad_();
+    const auto options = LARSOptions(0.5).momentum(0.9).trust_coefficient(0.02);
+    LARS optimizer({param}, LARSOptions(options).master_weights(true)), expected({twin}, options);
+    for (int step = 0; step < 6; ++step) {
+      const torch::NoGradGuard no_grad;
+      if (step == 1) param.clamp_(-0.5, 0.5);
+      if (step == 2) param.detach().slice(0, 3, 9).fill_(2.0);
+      if (step == 3) param.set_data(param.data() * 2);
+      if (step == 4) param.copy_(param.clone());
+      const auto written = twin.to(dtype) != param;
+      EXPECT_EQ(written.any().item<bool>(), step >= 1 && step <= 3) << step;
+      twin.copy_(torch::where(written, param, twin));
+      set_grads({param}, 100 + step);
+      twin.mutable_grad() = param.grad().to(torch::kFloat);
+      optimizer.step();
+      expected.step();
+      EXPECT_TRUE(same_bits(state_of(optimizer, param).master_param(), twin.detach())) << step;
+      EXPECT_TRUE(same_bits(param.detach(), twin.detach().to(dtype))) << step;
+    }
+    EXPECT_FALSE(same_bits(twin.detach(), param.detach().to(torch::kFloat)));  // there is something to lose
+  }
+}
+
+TEST(LARS, MastersTakeOverWhatIsWrittenAfterALoad) {
+  const auto param = leaf({64}, 1, torch::kBFloat16);
+  LARS optimizer({param}, LARSOptions(0.5).master_weights(true)), resumed(optimizer.param_groups(), {});
+  set_grads({param}, 1);
+  optimizer.step();
+  std::stringstream file;
+  torch::save(optimizer, file);
+  torch::load(resumed, file);
+  const auto before = state_of(resumed, param).master_param().clone();
+  {
+    const torch::NoGradGuard no_grad;
+    param.detach().select(0, 5).fill_(3.0);
+  }
+  options_of(resumed, 0).lr(0.0);
+  resumed.step();
+  const auto want = before.clone();
+  want.select(0, 5).fill_(3.0);
+  EXPECT_TRUE(same_bits(state_of(resumed, param).master_param(), want));
+}
+
 // A group keeps what it was given, also where that is the value of a fresh LARSOptions, and has the
 // optimizer's defaults for the rest.
 TEST(LARS, DampeningThatComesLaterDampsTheBufferThatIsThere) {
@@ -189,6 +235,63 @@ TEST(LARS, GroupsInheritWhatTheyLeaveOut) {
       LARSOptions(0.1).momentum(0.9).classic_momentum(false).dampening(0.25));
   EXPECT_EQ(options_of(torch_form, 0).dampening(), 0.5);
   EXPECT_EQ(options_of(torch_form, 1).dampening(), 0.0);
+}
+
+// Code that is written for torch's optimizers compiles and does the same.
+TEST(LARSOptions, AreUsedAsThoseOfSGD) {
+  const auto use = [](auto options) {
+    options.lr() *= 0.5;
+    double& lr = options.lr();
+    lr = std::max(options.lr(), 0.3);
+    options.momentum() += .1;
+    bool& nesterov = options.nesterov();
+    nesterov = !nesterov;
+    options.weight_decay(1).dampening(std::min(options.weight_decay(), 0.25));
+    options.set_lr(options.get_lr() * 2);
+    const auto& constant = options;
+    return std::vector<double>{constant.lr(), constant.momentum(), constant.weight_decay(),
+                               constant.dampening(), static_cast<double>(constant.nesterov())};
+  };
+  EXPECT_EQ(use(LARSOptions(0.4)), use(torch::optim::SGDOptions(0.4)));
+  EXPECT_EQ(use(LARSOptions(0.4)), (std::vector<double>{0.6, 0.1, 1, 0.25, 1}));
+}
+
+TEST(LARSOptions, ToReadOneIsNotToGiveIt) {
+  LARSOptions options;
+  EXPECT_EQ(std::max(options.lr(), 0.25), 1.0);
+  EXPECT_EQ(options.momentum() + options.weight_decay(), 0.0);
+  const auto defaults = LARSOptions(0.5).momentum(0.9).weight_decay(1e-4);
+  LARS optimizer({group({leaf({2}, 1)}, options)}, defaults);
+  EXPECT_EQ(options_of(optimizer, 0), defaults);
+}
+
+TEST(LARS, LayerAdaptationWhereThereIsWeightDecay) {
+  std::vector<torch::Tensor> params{leaf({5, 5}, 1), leaf({5}, 2), leaf({6}, 3)};
+  std::vector<expected::Parameter> want(params.begin(), params.end());
+  LARS optimizer({OptimizerParamGroup({params[0]}), group({params[1]}, LARSOptions().weight_decay(0)),
+                  group({params[2]}, LARSOptions().weight_decay(0).layer_adaptation(true))},
+                 LARSOptions(0.1).momentum(0.9).weight_decay(0.05).layer_adaptation("decayed"));
+  EXPECT_EQ(options_of(optimizer, 1).layer_adaptation(), "decayed");
+  EXPECT_EQ(options_of(optimizer, 2).layer_adaptation(), true);
+  std::vector<expected::Settings> settings(3, {.lr = 0.1, .momentum = 0.9, .weight_decay = 0.05});
+  settings[1].weight_decay = settings[2].weight_decay = 0;
+  settings[1].layer_adaptation = false;
+  for (int step = 0; step < 4; ++step) {
+    if (step == 2) {  // it follows what a group's decay becomes
+      options_of(optimizer, 1).weight_decay(0.01);
+      settings[1].weight_decay = 0.01;
+      settings[1].layer_adaptation = true;
+    }
+    set_grads(params, 10 * (step + 1));
+    for (size_t i = 0; i < params.size(); ++i) want[i].step(settings[i], params[i].grad());
+    optimizer.step();
+  }
+  for (size_t i = 0; i < params.size(); ++i) expect_close(params[i], want[i], c10::str("parameter ", i));
+  const auto clipped = LARSOptions(0.1).trust_clip(true).layer_adaptation("decayed");
+  EXPECT_FALSE(clipped.hyperparameters().trust_clip);  // as what is not adapted in timm
+  EXPECT_TRUE(LARSOptions(clipped).weight_decay(0.1).hyperparameters().trust_clip);
+  EXPECT_EQ(MESSAGE_OF(LARSOptions().layer_adaptation("always"), fused_lars::InvalidOption),
+            "Invalid layer_adaptation value: \"always\"; allowed: true, false, \"decayed\"");
 }
 
 TEST(LARS, GroupsAreSteppedWithTheirOwnOptions) {
@@ -390,6 +493,64 @@ TEST_F(Resume, GivesTheBitsOfAnUninterruptedRun) {
   EXPECT_EQ(state_of(resumed, resumed_params[1]).master_param().scalar_type(), torch::kFloat);
   train(resumed, resumed_params, 3, 6);
   expect_same_bits(params, resumed_params);
+}
+
+TEST_F(Resume, LayerAdaptationIsKept) {
+  for (const fused_lars::LayerAdaptation kind : {fused_lars::LayerAdaptation(true), {false}, {"decayed"}}) {
+    auto params = make_params();
+    auto optimizer = make(params, LARSOptions(0.3).layer_adaptation(kind));
+    auto loaded = make(params);
+    load(loaded, saved(optimizer));
+    EXPECT_EQ(options_of(loaded, 1), options_of(optimizer, 1));
+    EXPECT_EQ(options_of(loaded, 1).layer_adaptation(), kind);
+  }
+}
+
+// As load_state_dict in Python: to the parameter's dtype, but fp32 beside 16 bits stays.
+TEST_F(Resume, StateIsKeptInTheDtypeOfItsParameter) {
+  for (const auto from : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    for (const auto to : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+      const auto what = c10::str(from, " to ", to);
+      const auto trained = leaf({9}, 1, from);
+      LARS optimizer(std::vector<torch::Tensor>{trained}, options());
+      set_grads({trained}, 1);
+      optimizer.step();
+      const auto param = trained.detach().to(to, /*non_blocking=*/false, /*copy=*/true).requires_grad_();
+      LARS loaded(std::vector<torch::Tensor>{param}, 1.0);
+      load(loaded, saved(optimizer));
+      const auto expected_dtype = to == torch::kBFloat16 && from != torch::kDouble ? torch::kFloat : to;
+      const auto buffer = state_of(loaded, param).momentum_buffer();
+      EXPECT_TRUE(same_bits(buffer, state_of(optimizer, trained).momentum_buffer().to(expected_dtype)))
+          << what;
+      set_grads({param}, 2);
+      loaded.step();
+      EXPECT_EQ(state_of(loaded, param).step().item<float>(), 2) << what;
+    }
+  }
+}
+
+TEST_F(Resume, StateThatDoesNotFitIsRefusedByLoad) {
+  auto params = make_params();
+  auto target = make(params, LARSOptions(0.7));
+  const auto load_spoilt = [&](auto spoil) {
+    auto optimizer = make(params, options());
+    train(optimizer, params, 0, 1);
+    spoil(state_of(optimizer, params[2]));
+    load(target, saved(optimizer));
+  };
+  EXPECT_EQ(
+      MESSAGE_OF(load_spoilt([](auto& state) { state.step(torch::zeros({3})); }), fused_lars::ShapeMismatch),
+      "the archive's step in group 1 has shape [3]; expected 1 element");
+  EXPECT_EQ(
+      MESSAGE_OF(load_spoilt([](auto& state) { state.momentum_buffer(torch::zeros({3})); }),
+                 fused_lars::ShapeMismatch),
+      "the archive's momentum_buffer in group 1 has shape [3]; expected the shape of its parameter, [9]");
+  EXPECT_CONTAINS(
+      MESSAGE_OF(load_spoilt([](auto& state) { state.momentum_buffer(torch::zeros({9}, torch::kLong)); }),
+                 fused_lars::InvalidTensor),
+      "the archive's momentum_buffer in group 1 has dtype Long");
+  EXPECT_EQ(target.state().size(), 0u);
+  EXPECT_EQ(options_of(target, 0).lr(), 0.7);
 }
 
 TEST_F(Resume, LoadReplacesTheStateThatWasThere) {

@@ -1,10 +1,14 @@
 """``fused_lars.Lars``: LARS with its state kept under parameter ids, in eager code and in TorchScript."""
 
+import copyreg
+
 import torch
 
 from . import _library  # noqa: F401  registers torch.classes.fused_lars
 
 __all__ = ["Lars"]
+
+_NAME = "__torch__.torch.classes.fused_lars.Lars"
 
 
 class _ScriptClass(type):
@@ -13,10 +17,7 @@ class _ScriptClass(type):
         return torch.classes.fused_lars.Lars(base_lr)
 
     def __instancecheck__(cls, instance) -> bool:
-        return (
-            isinstance(instance, torch.ScriptObject)
-            and instance._type().qualified_name() == "__torch__.torch.classes.fused_lars.Lars"
-        )
+        return isinstance(instance, torch.ScriptObject) and instance._type().qualified_name() == _NAME
 
 
 class Lars(metaclass=_ScriptClass):
@@ -42,7 +43,7 @@ class Lars(metaclass=_ScriptClass):
         step(parameter_id, weights, grad): updates ``weights`` (fp32, fp64, fp16 or bf16, any shape and
             strides) in place. ``grad`` has its shape and device, and its dtype or fp32. With momentum, a
             buffer of the shape and dtype of the weights is kept under the id; it starts at zero, and again
-            when the shape, dtype or device under the id changes.
+            when the shape under the id changes. It follows its weights to another dtype or device.
         step_all(ids, weights, grads): the same for lists of equal length without repetitions, as one fused
             step for each device.
         step_graph_node(graph, node): steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the
@@ -51,8 +52,8 @@ class Lars(metaclass=_ScriptClass):
 
     Copies and storage: ``copy.deepcopy`` and ``pickle`` copy the settings and the buffers, and a scripted
     module that holds the object saves them with itself. ``copy.copy`` gives a second name of the same
-    optimizer. ``fused_lars`` must be imported before such an object is loaded, and ``torch.load`` needs
-    ``weights_only=False``.
+    optimizer. ``fused_lars`` must be imported before ``torch.jit.load`` and ``torch.load``, which then needs
+    no ``weights_only=False``.
 
     Raises:
         ValueError: a value out of range, tensors that do not fit together, repeated ids, a node outside of
@@ -65,3 +66,23 @@ class Lars(metaclass=_ScriptClass):
         >>> optimizer.step(0, weight, weight_grad)
         >>> optimizer.step_all([0, 1], [weight, bias], [weight_grad, bias_grad])
     """
+
+
+def _rebuild(state: tuple) -> "Lars":
+    """A Lars from its stored state; the name is in every pickle."""
+    lars = torch.ScriptObject.__new__(torch.ScriptObject)
+    lars.__setstate__((state, _NAME))
+    return lars
+
+
+def _reduce(script_object: torch.ScriptObject) -> tuple:
+    if not isinstance(script_object, Lars):
+        return script_object.__reduce_ex__(2)
+    state, _ = script_object.__getstate__()
+    return _rebuild, (state,)
+
+
+# By itself pickle makes the object first and sets its state later. A damaged file may leave out the second,
+# and an object of TorchScript without a state crashes the process when it is used.
+copyreg.pickle(torch.ScriptObject, _reduce)
+torch.serialization.add_safe_globals([_rebuild])

@@ -6,43 +6,45 @@
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
 
+#include "fused_lars/export.h"
+
 namespace fused_lars {
 
 // The base of every error this library throws on purpose. A ValueError in Python.
-struct Error : c10::ValueError {
+struct FUSED_LARS_API Error : c10::ValueError {
   using c10::ValueError::ValueError;
 };
 
-struct InvalidLearningRate : Error {
+struct FUSED_LARS_API InvalidLearningRate : Error {
   using Error::Error;
 };
-struct InvalidMomentum : Error {
+struct FUSED_LARS_API InvalidMomentum : Error {
   using Error::Error;
 };
-struct InvalidWeightDecay : Error {
+struct FUSED_LARS_API InvalidWeightDecay : Error {
   using Error::Error;
 };
-struct InvalidTrustCoefficient : Error {
+struct FUSED_LARS_API InvalidTrustCoefficient : Error {
   using Error::Error;
 };
 // eps, dampening, or options that exclude each other.
-struct InvalidOption : Error {
+struct FUSED_LARS_API InvalidOption : Error {
   using Error::Error;
 };
 // Two tensors that belong together differ in shape; the message has both shapes.
-struct ShapeMismatch : Error {
+struct FUSED_LARS_API ShapeMismatch : Error {
   using Error::Error;
 };
 // A tensor of the wrong dtype, device, layout or number.
-struct InvalidTensor : Error {
+struct FUSED_LARS_API InvalidTensor : Error {
   using Error::Error;
 };
 // A leaf that requires grad has none; the message names its node.
-struct MissingGradient : Error {
+struct FUSED_LARS_API MissingGradient : Error {
   using Error::Error;
 };
 // An index outside of a graph's list of leaves; the message has both.
-struct InvalidNode : Error {
+struct FUSED_LARS_API InvalidNode : Error {
   using Error::Error;
 };
 

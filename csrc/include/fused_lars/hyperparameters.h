@@ -1,6 +1,8 @@
 #pragma once
 
-// Plain data: CUDA kernels receive this struct as it is, so it includes nothing.
+// Plain data: CUDA kernels receive this struct as it is, so it includes nothing of torch.
+
+#include "fused_lars/export.h"
 
 namespace fused_lars {
 
@@ -24,6 +26,6 @@ struct Hyperparameters {
 
 // Throws the typed error of the first value that is out of range; `group` is named in its message
 // unless negative.
-void validate(const Hyperparameters& hyperparameters, long group = -1);
+FUSED_LARS_API void validate(const Hyperparameters& hyperparameters, long group = -1);
 
 }  // namespace fused_lars

@@ -10,12 +10,13 @@
 #include <vector>
 
 #include "fused_lars/errors.h"
+#include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
 
 namespace fused_lars {
 
 // What a learning rate scheduler needs of an optimizer.
-class LearningRate {
+class FUSED_LARS_API LearningRate {
  public:
   virtual ~LearningRate() = default;
   virtual double learning_rate() const = 0;
@@ -25,7 +26,7 @@ class LearningRate {
 
 // What a training loop, or an optimizer that wraps another, needs of an optimizer whose state is kept
 // under parameter ids that the caller chooses.
-class StepOptimizer {
+class FUSED_LARS_API StepOptimizer {
  public:
   virtual ~StepOptimizer() = default;
 
@@ -48,13 +49,14 @@ class StepOptimizer {
 //   optimizer.step(0, weight, weight_gradient);
 //
 // Parameters are dense fp32, fp64, fp16 or bf16 tensors on any device. A buffer starts at zero when its id
-// is first used with momentum > 0, and again whenever the shape, dtype or device under that id changes.
+// is first used with momentum > 0, and again whenever the shape under that id changes. It follows its weights
+// to another dtype or device with its values.
 //
 // A method that throws (a fused_lars::Error) has changed nothing. Distinct instances share nothing and may
 // be used by different threads at once; one instance is for one thread and one CUDA stream at a time. A copy
 // has buffers of its own. torch.classes.fused_lars.Lars is this class:
 // IValue::toCustomClass<fused_lars::Lars>() gives the one that a TorchScript module holds.
-class Lars final : public torch::CustomClassHolder, public LearningRate, public StepOptimizer {
+class FUSED_LARS_API Lars final : public torch::CustomClassHolder, public LearningRate, public StepOptimizer {
  public:
   // momentum 0, weight_decay 0, trust_coefficient 0.001. Throws InvalidLearningRate unless base_lr is
   // finite and >= 0.
@@ -85,7 +87,7 @@ class Lars final : public torch::CustomClassHolder, public LearningRate, public 
   State state() const;
   static Lars from_state(const State& state);
 
-  friend std::ostream& operator<<(std::ostream& out, const Lars& lars);
+  FUSED_LARS_API friend std::ostream& operator<<(std::ostream& out, const Lars& lars);
 
  private:
   void set(double Hyperparameters::* field, double value);

@@ -5,11 +5,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
 
 namespace fused_lars {
 
 // What a step may be given beyond its lists; see the schema in csrc/ops.cpp.
+//
+// workspace is scratch that a caller keeps for the CUDA step: int32, one dimension, any size, torch::zeros
+// where it is made, and left alone by all but these ops, of which one at a time uses it. Steps leave it
+// clean, and may set it to larger memory. Values that are not zero are not noticed: the kernel then hangs or
+// does nothing.
 struct StepOptions {
   std::optional<at::Tensor> squared_norms = {};
   std::optional<at::Tensor> grad_scale = {};
@@ -24,13 +30,14 @@ struct StepOptions {
 //   momentum_buffers  where the group has momentum > 0
 //   master_params     where the group has master_weights and the parameter is fp16 or bf16
 //   steps             where the group has momentum > 0 and dampening > 0
-// Throws an Error before anything has changed.
-void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-           at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
-           const std::vector<Hyperparameters>& groups, const StepOptions& options = {});
+// Nothing that is written may share memory with another tensor of the step. Throws an Error before anything
+// has changed.
+FUSED_LARS_API void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                          at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
+                          const std::vector<Hyperparameters>& groups, const StepOptions& options = {});
 
 // torch.ops.fused_lars.squared_norms: (n, 2), fp64, row i is |params[i]|^2 and |grads[i]|^2.
 // The square of an fp64 norm beyond 1e+-150 leaves fp64: it is inf, or 0.
-at::Tensor squared_norms(at::TensorList params, at::TensorList grads);
+FUSED_LARS_API at::Tensor squared_norms(at::TensorList params, at::TensorList grads);
 
 }  // namespace fused_lars

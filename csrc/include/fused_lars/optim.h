@@ -5,77 +5,106 @@
 #include <torch/types.h>
 
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "fused_lars/errors.h"
+#include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
 
 namespace fused_lars {
 
-// The value of an option, and whether somebody gave it. A param group inherits what nobody gave from the
-// optimizer's defaults, so weight_decay(0) in a group is 0 there whatever the defaults say.
-template <typename T>
-class Option {
+// When the trust ratio is used: true, false, or "decayed": where the group's weight_decay is greater than 0,
+// as timm and lightly have it, whose groups of bias and norms are told by weight_decay 0 alone.
+class FUSED_LARS_API LayerAdaptation {
  public:
-  static Option unset(T value) {
-    Option option(value);
-    option.given_ = false;
-    return option;
-  }
-  template <typename U, typename = std::enable_if_t<std::is_arithmetic_v<U>>>
-  Option(U value) : value_(static_cast<T>(value)), given_(true) {}  // NOLINT(google-explicit-constructor)
-  operator T() const { return value_; }                             // NOLINT(google-explicit-constructor)
-  bool given() const { return given_; }
+  template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+  LayerAdaptation(T on) : kind_(on ? kOn : kOff) {}  // NOLINT(google-explicit-constructor)
+  // Throws InvalidOption for any text but "decayed".
+  LayerAdaptation(const char* text);  // NOLINT(google-explicit-constructor)
+
+  // Whether parameters with this weight decay are adapted.
+  bool at(double weight_decay) const { return kind_ == kDecayed ? weight_decay > 0.0 : kind_ == kOn; }
+
+  // A bool or the text, as they are stored.
+  torch::IValue to_ivalue() const;
+  static LayerAdaptation from_ivalue(const torch::IValue& value);
+
+  bool operator==(const LayerAdaptation&) const = default;
 
  private:
-  T value_;
-  bool given_;
+  enum Kind : uint8_t { kOff, kOn, kDecayed } kind_;
 };
 
-// The options of an optimizer or of a param group. Meaning and ranges: fused_lars/hyperparameters.h.
-struct LARSOptions : torch::optim::OptimizerCloneableOptions<LARSOptions> {
+// As TORCH_ARG, and remembers that the option was given.
+#define FUSED_LARS_OPTION(T, name)                   \
+ public:                                             \
+  LARSOptions& name(const T& value) {                \
+    name##_ = value;                                 \
+    name##_given_ = true;                            \
+    return *this;                                    \
+  }                                                  \
+  const T& name() const noexcept { return name##_; } \
+  T& name() noexcept { return name##_; }             \
+                                                     \
+ private:                                            \
+  bool name##_given_ = false;                        \
+  T name##_ = Hyperparameters{}.name
+
+// The options of an optimizer or of a param group. Meaning and ranges: fused_lars/hyperparameters.h. Used as
+// torch::optim::SGDOptions is: options.lr(0.1).momentum(0.9), and options.lr() is a double&.
+//
+// A param group inherits from the optimizer's defaults what it was not given. Given is what a setter was
+// called for, whatever the value, so weight_decay(0) in a group is 0 there. What is assigned through a
+// reference (options.eps() = 1e-8) counts as given unless it is the default value.
+struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARSOptions> {
   LARSOptions() = default;
   LARSOptions(double lr);  // NOLINT(google-explicit-constructor): as torch::optim::SGDOptions
 
-  TORCH_ARG(Option<double>, lr) = Option<double>::unset(Hyperparameters{}.lr);
-  TORCH_ARG(Option<double>, momentum) = Option<double>::unset(Hyperparameters{}.momentum);
-  TORCH_ARG(Option<double>, weight_decay) = Option<double>::unset(Hyperparameters{}.weight_decay);
-  TORCH_ARG(Option<double>, trust_coefficient) = Option<double>::unset(Hyperparameters{}.trust_coefficient);
-  TORCH_ARG(Option<double>, eps) = Option<double>::unset(Hyperparameters{}.eps);
-  TORCH_ARG(Option<double>, dampening) = Option<double>::unset(Hyperparameters{}.dampening);
-  TORCH_ARG(Option<bool>, nesterov) = Option<bool>::unset(Hyperparameters{}.nesterov);
-  TORCH_ARG(Option<bool>, maximize) = Option<bool>::unset(Hyperparameters{}.maximize);
-  TORCH_ARG(Option<bool>, trust_clip) = Option<bool>::unset(Hyperparameters{}.trust_clip);
-  TORCH_ARG(Option<bool>, layer_adaptation) = Option<bool>::unset(Hyperparameters{}.layer_adaptation);
-  TORCH_ARG(Option<bool>, classic_momentum) = Option<bool>::unset(Hyperparameters{}.classic_momentum);
-  TORCH_ARG(Option<bool>, master_weights) = Option<bool>::unset(Hyperparameters{}.master_weights);
+  FUSED_LARS_OPTION(double, lr);
+  FUSED_LARS_OPTION(double, momentum);
+  FUSED_LARS_OPTION(double, weight_decay);
+  FUSED_LARS_OPTION(double, trust_coefficient);
+  FUSED_LARS_OPTION(double, eps);
+  FUSED_LARS_OPTION(double, dampening);
+  FUSED_LARS_OPTION(bool, nesterov);
+  FUSED_LARS_OPTION(bool, maximize);
+  FUSED_LARS_OPTION(bool, trust_clip);
+  FUSED_LARS_OPTION(LayerAdaptation, layer_adaptation);
+  FUSED_LARS_OPTION(bool, classic_momentum);
+  FUSED_LARS_OPTION(bool, master_weights);
 
  public:
   Hyperparameters hyperparameters() const;
   // These options, with what was not given taken from `defaults`.
   LARSOptions inherit(const LARSOptions& defaults) const;
 
-  double get_lr() const override { return lr_; }
-  void set_lr(double lr) override { lr_ = lr; }
+  double get_lr() const override { return lr(); }
+  void set_lr(double value) override { lr(value); }
   void serialize(torch::serialize::InputArchive& archive) override;
   void serialize(torch::serialize::OutputArchive& archive) const override;
-  friend bool operator==(const LARSOptions& left, const LARSOptions& right);
+  FUSED_LARS_API friend bool operator==(const LARSOptions& left, const LARSOptions& right);
 
  private:
   template <typename Visit>
   static void for_each_option(Visit visit);
 };
 
+#undef FUSED_LARS_OPTION
+
 // What LARS keeps for a parameter. An undefined tensor is one that the parameter's group does not need.
-struct LARSParamState : torch::optim::OptimizerCloneableParamState<LARSParamState> {
+struct FUSED_LARS_API LARSParamState : torch::optim::OptimizerCloneableParamState<LARSParamState> {
   TORCH_ARG(at::Tensor, momentum_buffer);
   TORCH_ARG(at::Tensor, master_param);  // fp32, of an fp16 or bf16 parameter
   TORCH_ARG(at::Tensor, step);          // updates applied so far; kept with dampening only
 
  public:
+  // The parameter's version and address after the last step, which a write changes; not stored.
+  std::optional<std::pair<uint32_t, const void*>> mark;
+
   void serialize(torch::serialize::InputArchive& archive) override;
   void serialize(torch::serialize::OutputArchive& archive) const override;
 };
@@ -84,10 +113,11 @@ struct LARSParamState : torch::optim::OptimizerCloneableParamState<LARSParamStat
 //
 //   fused_lars::LARS optimizer(model->parameters(), fused_lars::LARSOptions(10.5).momentum(0.9));
 //
-// All groups are stepped by one op call for each device. Parameters without a gradient are left alone.
-// Throws a fused_lars::Error before anything has changed; the optimizer and its groups are checked when
-// they are made, and what was changed in their options afterwards by step().
-class LARS : public torch::optim::Optimizer {
+// All groups are stepped by one op call for each device. Parameters without a gradient are left alone. What
+// is written into a parameter with a master between steps stays, and costs its other elements nothing. Throws
+// a fused_lars::Error before anything has changed; the optimizer and its groups are checked when they are
+// made, and what was changed in their options afterwards by step().
+class FUSED_LARS_API LARS : public torch::optim::Optimizer {
  public:
   explicit LARS(const std::vector<torch::optim::OptimizerParamGroup>& param_groups,
                 LARSOptions defaults = {});
@@ -101,8 +131,9 @@ class LARS : public torch::optim::Optimizer {
   at::Tensor step(LossClosure closure = nullptr) override;
 
   void save(torch::serialize::OutputArchive& archive) const override;
-  // Takes over the state and the options of an optimizer with the same groups; state moves to the device
-  // of its parameter and keeps its dtype.
+  // Takes over the state and the options of an optimizer with the same groups. State moves to the device and
+  // the dtype of its parameter; fp32 state of an fp16 or bf16 parameter stays fp32. Throws an Error, and
+  // changes nothing, where state does not fit its parameter.
   void load(torch::serialize::InputArchive& archive) override;
 
  private:
