@@ -1,9 +1,9 @@
 """Counts what a step on sharded CUDA parameters does on one of two ranks, under the simulator of .ci/run.
 
 Exits 1 where there are more than 2 launches, more host synchronisations, copies or memsets than those of
-the all-reduce itself, or more DRAM bytes for an element of the shard than the limit: 20 and a little where
-its weights and gradients fit in L2 (50 MB), since the update begins with what the norm pass read last,
-and 28 where they do not.
+the all-reduce itself and of the look at the step before, or more DRAM bytes for an element of the shard than
+the limit: 20 and a little where its weights and gradients fit in L2 (50 MB), since the update begins with
+what the norm pass read last, and 28 where they do not.
 """
 
 import socket
@@ -20,6 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import fused_lars
 
 RANKS = 2
+# A last row on its way to the host, for which the step waits that comes after.
+LOOK = {"memcpy_d2h": 1, "host_syncs": 1}
 # Rows and columns, in two groups: weights, and what stands for biases and norms.
 CASES = {
     "8 MB of weights and gradients": (20.6, [(512, 512)] * 7 + [(1024, 256)], [(512,)] * 8),
@@ -62,17 +64,17 @@ def run(rank: int, port: int) -> None:
                 p.grad = torch.ones_like(p)
             stats = counts(optimizer.step)
         api, totals = stats["api"], stats["totals"]
-        norms = torch.zeros(len(params), 2, dtype=torch.float64, device="cuda")
+        norms = torch.zeros(len(params) + 1, 2, dtype=torch.float64, device="cuda")
         own = collective(counts(partial(dist.all_reduce, norms))["api"])
         n = sum(p.to_local().numel() for p in params)
         dram = (totals["dram_read_bytes"] + totals["dram_write_bytes"] + totals["l2_dirty_bytes"]) / n
         extra = {key: value - own[key] for key, value in collective(api).items()}
-        if totals["launches"] > 2 or dram > limit or any(value > 0 for value in extra.values()):
+        if totals["launches"] > 2 or dram > limit or any(n > LOOK.get(key, 0) for key, n in extra.items()):
             failed.append(name)
         if rank == 0:
             print(
                 f"{name:30s} {len(params)} parameters, {n:,} elements a rank: launches {totals['launches']}  "
-                f"DRAM B/param {dram:.2f} (limit {limit})  message {16 * len(params)} B  "
+                f"DRAM B/param {dram:.2f} (limit {limit})  message {16 * len(norms)} B  "
                 f"beyond the all-reduce: {extra}  (the all-reduce: {own})"
             )
     dist.destroy_process_group()

@@ -69,11 +69,14 @@ class Ranks:
                 break
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(results.items()) if not ok]
         missing = [f"rank {rank}: no end in time" for rank in range(len(self._pipes)) if rank not in results]
-        if missing or not all(process.is_alive() for process in self._processes):
+        if missing or not self.are_alive():
             self.close()
         if missing or failures:
             pytest.fail("\n".join(failures + missing), pytrace=False)
         return [results[rank][1] for rank in range(len(self._pipes))]
+
+    def are_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
         for world_size, ranks in [*_pools.items()]:
@@ -88,6 +91,8 @@ class Ranks:
 
 def run_on_ranks(world_size: int, body, time_limit: float = TIME_LIMIT, **kwargs) -> list:
     """Runs a function of a test module, marked with :func:`on_ranks` or plain, on `world_size` ranks."""
+    if world_size in _pools and not _pools[world_size].are_alive():
+        _pools[world_size].close()
     if world_size not in _pools:
         _pools[world_size] = Ranks(world_size)
     return _pools[world_size].run(body.__module__, body.__name__, kwargs, time_limit)

@@ -102,3 +102,92 @@ def test_offloaded_to_the_cpu():
     for p, q in zip(model.parameters(), reference.parameters()):
         assert p.to_local().device.type == "cpu"
         assert (p.to_local() - own_rows(q)).norm() <= TOLERANCE * norm
+
+
+def sharded_params(mesh) -> list[tuple[str, nn.Parameter]]:
+    shapes = {"a": (5, 6), "b": (8, 2), "c": (4,)}
+    return [
+        (name, nn.Parameter(distribute_tensor(torch.full(shape, 2.0).cuda(), mesh, [Shard(0)])))
+        for name, shape in shapes.items()
+    ]
+
+
+def assert_step_changes(optimizer, changes: bool) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().to_local().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [not torch.equal(p.to_local(), b) for p, b in zip(params, before)] == [changes] * len(params)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("with_found_inf", [False, True])
+def test_ranks_that_differ_later(with_found_inf, foreach):
+    """The step in which they do changes nothing, without a word from the host; the next one raises on all."""
+    optimizer = LARS(sharded_params(mesh_of_all()), lr=0.5, momentum=0.9, foreach=foreach)
+    if with_found_inf:
+        optimizer.found_inf = torch.zeros((), device="cuda")
+    assert_step_changes(optimizer, True)
+    for other in (0.25, 0.125):
+        optimizer.param_groups[0]["lr"] = other  # on all ranks
+        assert_step_changes(optimizer, True)
+        assert_step_changes(optimizer, True)
+        if dist.get_rank() == 1:
+            optimizer.param_groups[0]["lr"] = 1.0
+        assert_step_changes(optimizer, False)
+        with pytest.raises(
+            ValueError, match=f"rank 1 has lr=1.0 where rank 0 has {other}, in the group .*'a'"
+        ):
+            assert_step_changes(optimizer, False)
+        optimizer.param_groups[0]["lr"] = other
+        assert_step_changes(optimizer, True)
+
+
+@on_ranks(2)
+def test_ranks_that_differ_at_first():
+    params = sharded_params(mesh_of_all())
+    optimizer = LARS(params[:: -1 if dist.get_rank() == 1 else 1], lr=0.5, momentum=0.9)
+    with pytest.raises(ValueError, match=r"rank 1 has 'c', .* as shared parameter 0 where rank 0 has 'a'"):
+        assert_step_changes(optimizer, False)
+
+
+@on_ranks(2)
+def test_error_of_one_rank():
+    """It raises at once; the other rank's step changes nothing, and its next one says why."""
+    optimizer = LARS(sharded_params(mesh_of_all()), lr=0.5, momentum=0.9)
+    assert_step_changes(optimizer, True)
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    right = state["momentum_buffer"]
+    text = r"momentum_buffers\[1\] has dtype Double"
+    if dist.get_rank() == 1:
+        state["momentum_buffer"] = right.double()
+        with pytest.raises(ValueError, match=text):
+            assert_step_changes(optimizer, False)
+    else:
+        assert_step_changes(optimizer, False)
+    state["momentum_buffer"] = right
+    error = ValueError if dist.get_rank() == 1 else RuntimeError
+    with pytest.raises(error, match=text):
+        assert_step_changes(optimizer, False)
+    assert_step_changes(optimizer, True)
+
+
+@on_ranks(2)
+def test_a_group_more_on_one_rank():
+    optimizer = LARS(sharded_params(mesh_of_all()), lr=0.5, momentum=0.9)
+    assert_step_changes(optimizer, True)
+    [*_, (name, other)] = sharded_params(mesh_of_all())
+    text = "this rank has other parameters than in the step before, and other ranks have not"
+    if dist.get_rank() == 1:
+        optimizer.add_param_group({"params": [(name, other)]})
+        with pytest.raises(ValueError, match=text):
+            assert_step_changes(optimizer, False)
+    else:
+        assert_step_changes(optimizer, False)
+        optimizer.add_param_group({"params": [(name, other)]})
+    error = ValueError if dist.get_rank() == 1 else RuntimeError
+    with pytest.raises(error, match=text):
+        assert_step_changes(optimizer, False)
+    assert_step_changes(optimizer, True)

@@ -67,7 +67,7 @@ def test_one_all_reduce_for_each_set_of_ranks(layout):
     _, optimizer = with_gradients(layout)
     record = record_step(optimizer)
     expected = REDUCED[layout][dist.get_world_size()]
-    assert sorted(record.reduced) == sorted(2 * n for n in expected)
+    assert sorted(record.reduced) == sorted(2 * (n + 1) for n in expected)
     assert record.collectives() == ({"c10d::allreduce_": len(expected)} if expected else {})
     assert record.ops["fused_lars::squared_norms"] == bool(expected)
     assert record.ops["fused_lars::step_"] == 1
@@ -100,7 +100,7 @@ def test_found_inf_travels_with_the_norms():
 def test_foreach_sends_the_same():
     _, optimizer = with_gradients("sharded", foreach=True)
     record = record_step(optimizer)
-    assert record.reduced == [2 * 16]
+    assert record.reduced == [2 * 17]
     assert record.ops["fused_lars::step_"] == 0
     assert not record.on_dtensors
 

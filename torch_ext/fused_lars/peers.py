@@ -1,0 +1,246 @@
+"""The ranks that share parameters: the sum of their messages, and whether they step the same in the same way.
+
+A sum over ranks means something only where row n of every rank's message is about the same parameter. So the
+ranks compare digests of their parameters and options before their first message. From then on each message
+ends in a row that says whether that still holds: it adds up to 0 where it does, and every rank sees the same
+sum. Who differs in what is looked up only where somebody does.
+"""
+
+import zlib
+from array import array
+from collections import Counter
+from operator import itemgetter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .op_call import HYPERPARAMETERS
+
+_NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening")
+_OPTIONS = (*_NUMBERS, *(name for name in HYPERPARAMETERS if name not in _NUMBERS))
+_get_options = itemgetter(*_OPTIONS)
+
+_ON_DEVICE = "a tensor on an accelerator"
+
+# What a rank that cannot step adds to the sum: more than all digests together, so they cannot cancel it.
+_TROUBLE = 2.0**52
+
+
+class Peers:
+    """Ranks that share parameters.
+
+    Args:
+        ranks: all of them, sorted, this one included.
+        process_groups: to sum over, one after another, for a sum over all of them.
+        device: of the messages.
+        staging: the device to sum on, where the process groups have no back end for `device`.
+        params: a line about each parameter, in the order of the message.
+        sizes: how many of them, in turn, each parameter group has.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], process_groups, device, staging, params, sizes) -> None:
+        self.ranks, self.process_groups, self.device, self.staging = ranks, process_groups, device, staging
+        self._params: list[str] = params
+        self._sizes: list[int] = sizes
+        self._layout_digest = zlib.crc32(f"{params} {sizes}".encode())
+        self._options: list[tuple] = []
+        self._given: dict[str, bool] = {}
+        self._others: tuple = ()  # what is no number, and seldom changes
+        self._digest = self._agreed = self._others_digest = 0
+        # Weights that add up to 0 over all ranks and over no part of them: whichever ranks are the ones with
+        # another digest, it shows. Sums stay below 2**50, so that fp64 has them exactly.
+        count, index = len(ranks), ranks.index(dist.get_rank())
+        self._weight = index + 1 if index < count - 1 else -(count * (count - 1) // 2)
+        self._mask = (1 << min(32, 50 - 2 * count.bit_length())) - 1
+
+    def set_options(self, groups: list[dict], given: dict[str, bool]) -> None:
+        """Takes the options of a step: of the groups that the parameters are in, and which tensors AMP gave.
+
+        The value of an lr on an accelerator is left out: reading it would wait for the device.
+        """
+        options = [_get_options(group) for group in groups]
+        for i, (lr, *others) in enumerate(options):
+            if isinstance(lr, Tensor):
+                options[i] = (lr.item() if lr.device.type == "cpu" else _ON_DEVICE, *others)
+        if options == self._options and given == self._given:
+            return
+        n = len(_NUMBERS)
+        numbers = array("d", [-1.0 if x is _ON_DEVICE else x for row in options for x in row[:n]])
+        others = [row[n:] for row in options], given
+        if others != self._others:
+            self._others, self._others_digest = others, zlib.crc32(repr(others).encode(), self._layout_digest)
+        digest = zlib.crc32(numbers, self._others_digest)
+        self._options, self._given, self._digest = options, given, digest & self._mask
+
+    def last_row(self) -> float:
+        """What this rank adds to the sum that is 0 where all agree; 0 unless options changed."""
+        return float(self._weight * (self._digest - self._agreed))
+
+    def message_of_trouble(self) -> Tensor:
+        """What a rank that cannot step sends instead of its norms."""
+        message = torch.zeros(len(self._params) + 1, 2, dtype=torch.float64, device=self.device)
+        message[-1, 1] = _TROUBLE
+        return message
+
+    def settle(self) -> None:
+        """All ranks sent the same."""
+        self._agreed = self._digest
+
+    def disagreement(self, error: Exception | None = None) -> Exception | None:
+        """The `error` of this rank, or another one's, or what says in what the ranks differ.
+
+        All ranks call this at once; either all get an error or none does.
+        """
+        rank = dist.get_rank()
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        reports = self._gather((rank, self._digest, text))
+        if error is not None:
+            return error
+        for other, _, text in reports:
+            if text is not None:
+                return RuntimeError(f"rank {other} cannot step, so no rank has: {text[:2000]}")
+        digests = {other: digest for other, digest, _ in reports}
+        usual, _ = Counter(digests.values()).most_common(1)[0]
+        if set(digests.values()) == {usual}:
+            self.settle()
+            return None
+        # The details of one rank only travel, since there may be a thousand ranks.
+        reference = min(other for other, digest in digests.items() if digest == usual)
+        own = self._params, self._sizes, self._options, self._given
+        theirs = dict(self._gather((rank, own if rank == reference else None)))[reference]
+        found = None if self._digest == usual else _difference(own, theirs, reference)
+        found = [f"rank {other} {text}" for other, text in self._gather((rank, found)) if text is not None]
+        more = f"; {len(found) - 4} more ranks differ" if len(found) > 4 else ""
+        return ValueError(
+            f"ranks {_short(self.ranks)} share parameters and have to step them alike, so none has stepped: "
+            f"{'; '.join(found[:4])}{more}"
+        )
+
+    def _gather(self, report: tuple) -> list[tuple]:
+        """The reports of all ranks, by rank."""
+        reports = [report]
+        for group in self.process_groups:
+            received: list = [None] * dist.get_world_size(group)
+            dist.all_gather_object(received, reports, group=group)
+            reports = [report for part in received for report in part]
+        return sorted(reports, key=itemgetter(0))
+
+
+class Exchange:
+    """Adds up messages. Where a rank has an error or differs from the others, all ranks get an error."""
+
+    def __init__(self) -> None:
+        self._unseen: list[tuple] = []  # sums on their way to the host
+
+    def add_up(self, messages: list[tuple[Peers, Tensor]]) -> None:
+        """Replaces each message by its sum over the ranks.
+
+        The host does not wait for an accelerator. There a last row that is not 0 must keep the step from
+        changing anything, and it is look_back(), in the next step, that raises.
+        """
+        _all_reduce(messages)
+        self._look(messages, None)
+
+    def raise_everywhere(self, error: Exception, all_peers: list[Peers]) -> None:
+        """Raises `error`, after all messages have been sent, so that no other rank waits for this one."""
+        messages = [(peers, peers.message_of_trouble()) for peers in all_peers]
+        try:
+            _all_reduce(messages)
+            self._look(messages, error)
+        finally:
+            raise error
+
+    def announce_other_params(self, all_peers: list[Peers]) -> None:
+        """Tells that this rank has no norms of the parameters that it had before. Returns if no rank has."""
+        messages = [(peers, peers.message_of_trouble()) for peers in all_peers]
+        _all_reduce(messages)
+        alone = [(peers, m) for peers, m in messages if m[-1, 1].item() != len(peers.ranks) * _TROUBLE]
+        if alone:
+            error = ValueError(
+                "this rank has other parameters than in the step before, and other ranks have not"
+            )
+            self._look(alone, error)
+            raise error
+
+    def look_back(self) -> None:
+        """Raises what the sums of the step before say, where the host did not wait for them."""
+        unseen, self._unseen = self._unseen, []
+        for *_, event in unseen:
+            event.synchronize()
+        _raise_if_not_zero([(peers, value.item(), error) for peers, value, error, _ in unseen])
+
+    def _look(self, messages, error: Exception | None) -> None:
+        seen = []
+        for peers, message in messages:
+            value = message[-1, 1]
+            if not message.is_cuda:
+                seen.append((peers, value.item(), error))
+            elif not torch.cuda.is_current_stream_capturing():
+                on_host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(message.device))
+                self._unseen.append((peers, on_host, error, event))
+        _raise_if_not_zero(seen)
+
+
+def raise_first(errors: list[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _raise_if_not_zero(sums: list[tuple[Peers, float, Exception | None]]) -> None:
+    errors = []
+    for peers, value, error in sums:
+        if value != 0.0:
+            errors.append(peers.disagreement(error))
+        else:
+            peers.settle()
+    raise_first(errors)
+
+
+def _all_reduce(messages: list[tuple[Peers, Tensor]]) -> None:
+    sums = [message if peers.staging is None else message.to(peers.staging) for peers, message in messages]
+    for depth in range(max((len(peers.process_groups) for peers, _ in messages), default=0)):
+        works = [
+            dist.all_reduce(total, group=peers.process_groups[depth], async_op=True)
+            for (peers, _), total in zip(messages, sums)
+            if depth < len(peers.process_groups)
+        ]
+        for work in works:
+            work.wait()
+    for (_, message), total in zip(messages, sums):
+        if total is not message:
+            message.copy_(total)
+
+
+def _difference(own, theirs, reference: int) -> str:
+    """The first thing in which a rank's parameters and options are not those of rank `reference`."""
+    (params, sizes, options, given), (their_params, their_sizes, their_options, their_given) = own, theirs
+    for index, (param, their) in enumerate(zip(params, their_params)):
+        if param != their:
+            return f"has {param} as shared parameter {index} where rank {reference} has {their}"
+    if len(params) != len(their_params):
+        longer = max(params, their_params, key=len)
+        return (
+            f"has {len(params)} shared parameters and rank {reference} has {len(their_params)}; the first "
+            f"that one of them lacks is {longer[min(len(params), len(their_params))]}"
+        )
+    begin = 0
+    for size, their_size, values, their_values in zip(sizes, their_sizes, options, their_options):
+        where = f"the group that begins with {params[begin]}"
+        if size != their_size:
+            return f"has {size} shared parameters in {where}; rank {reference} has {their_size}"
+        for name, a, b in zip(_OPTIONS, values, their_values):
+            if a != b:
+                return f"has {name}={a!r} where rank {reference} has {b!r}, in {where}"
+        begin += size
+    name = next((name for name in given if given[name] != their_given[name]), None)
+    if name is None:
+        return f"has other options than rank {reference}"
+    return f"has {'a' if given[name] else 'no'} {name}, unlike rank {reference}"
+
+
+def _short(ranks) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}"
