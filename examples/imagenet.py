@@ -7,11 +7,11 @@ The folder has train/CLASS/*.jpeg and val/CLASS/*.jpeg. The batch size is that o
 what does not fit the GPUs at once is accumulated, --micro-batch images a process at a time. Batch sizes that
 MLPerf's ResNet-50 results were trained with bring their hyperparameters along (PRESETS); others need --lr.
 
-Checkpoints go to OUTPUT/step-N, and the same command goes on from the newest: with as many processes the run
-is the same to the bit as one that was never interrupted, since a step's images, their augmentation and its
-random numbers depend on the seed and the step alone. With another number of processes it is the same to
-rounding. Other hyperparameters are another run, which wants another OUTPUT. OUTPUT/log.csv has loss and
-learning rate, OUTPUT/trust_ratios.csv a column for each layer.
+Checkpoints go to OUTPUT/step-N, and the same command goes on from the newest that can be read: with as many
+processes the run is the same to the bit as one that was never interrupted, since a step's images, their
+augmentation and its random numbers depend on the seed and the step alone. With another number of processes it
+is the same to rounding. Other hyperparameters are another run, which wants another OUTPUT. OUTPUT/log.csv has
+loss and learning rate, OUTPUT/trust_ratios.csv a column for each layer.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 
@@ -28,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torchvision
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -156,6 +159,47 @@ def average_statistics(model: nn.Module) -> None:
             buffer.copy_(mean.view_as(buffer))
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(output: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in output.iterdir())
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Removes a checkpoint, which has its name as long as it is whole."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"unfinished-removal-of-{folder.name}")))
+
+
+def look_into(output: pathlib.Path, own: dict) -> tuple[list[int], list[str]]:
+    """The checkpoints in a folder, and in what they are of another run than `own`, if of another one."""
+    output.mkdir(parents=True, exist_ok=True)
+    for unfinished in output.glob("unfinished-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    steps, others, file = checkpoints(output), [], output / "run.json"
+    for path in {*output.glob("step-*")} - {output / f"step-{step}" for step in steps}:
+        warn(f"{path} has no checkpoint's name and is skipped")
+    if steps:
+        try:
+            saved = json.loads(file.read_text())
+            others = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved[name] != own[name]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{file} cannot be read: the checkpoints are taken for this run's ({error!r})")
+    if not others:
+        new = file.with_name("run.json.new")
+        new.write_text(json.dumps(own, indent=1) + "\n")
+        new.replace(file)
+    return steps, others
+
+
+def warn(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -181,28 +225,44 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
-    def save(self, output: pathlib.Path) -> None:
+    def save(self, options) -> None:
+        """Saves under another name until all is written, and removes checkpoints that are old."""
         average_statistics(self.model)
-        checkpoint.save({"run": self}, checkpoint_id=output / f"step-{self.step}")
+        folder = options.output / f"step-{self.step}"
+        unfinished = folder.with_name(f"unfinished-{folder.name}")
+        checkpoint.save({"run": self}, checkpoint_id=unfinished)
+        if dist.get_rank() == 0:
+            remove(folder)  # one that could not be read
+            unfinished.rename(folder)
+            # Newer ones could not be read, and do not count.
+            done = [step for step in checkpoints(options.output) if step <= self.step]
+            for step in done[options.keep_checkpoints :]:
+                remove(options.output / f"step-{step}")
 
     def resume(self, options) -> None:
-        """Goes on from the newest checkpoint, if there is one and it is of the same run."""
-        # The metadata are written last, so what has none is incomplete.
-        complete = [int(path.parent.name[5:]) for path in options.output.glob("step-*/.metadata")]
-        own, file = {name: getattr(options, name) for name in OF_A_RUN}, options.output / "run.json"
-        if complete:
-            saved = json.loads(file.read_text())
-            others = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved[name] != own[name]]
-            if others:
-                raise SystemExit(
-                    f"{options.output} holds a run with {'; '.join(others)}: give another --output"
-                )
-            checkpoint.load({"run": self}, checkpoint_id=options.output / f"step-{max(complete)}")
+        """Goes on from the newest checkpoint that can be read, if there is one and it is of the same run."""
+        found: list = [None]
         if dist.get_rank() == 0:
-            options.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(own, indent=1) + "\n")
-            if complete:
+            found = [look_into(options.output, {name: getattr(options, name) for name in OF_A_RUN})]
+        dist.broadcast_object_list(found, src=0)
+        steps, others = found[0]
+        if others:
+            raise SystemExit(f"{options.output} holds a run with {'; '.join(others)}: give another --output")
+        for step in steps:
+            folder = options.output / f"step-{step}"
+            try:
+                checkpoint.load({"run": self}, checkpoint_id=folder)
+            except (Exception, CheckpointException) as error:  # on all ranks
+                warn(f"{folder} cannot be read and is skipped: {error}")
+                continue
+            if dist.get_rank() == 0:
                 print(f"{options.output}: going on from step {self.step}", flush=True)
+            return
+        if steps:
+            # Weights may be those of the checkpoints in part.
+            raise SystemExit(
+                f"none of the checkpoints in {options.output} can be read: give another --output"
+            )
 
 
 class Log:
@@ -212,7 +272,8 @@ class Log:
         kept = []
         if step and path.exists():
             with path.open(newline="") as file:
-                kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
+                rows = [row for row in csv.reader(file) if len(row) == 1 + len(columns)]
+                kept = [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
         self.file = path.open("w", newline="", buffering=1)
         self.writer = csv.writer(self.file)
         self.writer.writerows([["step", *columns], *kept])
@@ -304,7 +365,7 @@ def train(options, device: torch.device) -> Run:
                     if ends_epoch:
                         bar.write(f"epoch {epoch:.0f}: loss {loss:.3f}, top-1 {100 * top1:.2f} %")
             if run.step % (options.checkpoint_every or steps_an_epoch) == 0 or run.step == last:
-                run.save(options.output)
+                run.save(options)
     return run
 
 
@@ -340,6 +401,9 @@ def parse_options(arguments=None):
     parser.add_argument("--workers", type=int, default=8, help="that load images, a process (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default="imagenet-run", help="(%(default)s)")
     parser.add_argument("--checkpoint-every", type=positive, help="steps; an epoch if not given")
+    parser.add_argument(
+        "--keep-checkpoints", type=positive, default=3, help="how many, the last ones (%(default)s)"
+    )
     parser.add_argument("--log-every", type=positive, default=10, help="steps (%(default)s)")
     options = parser.parse_args(arguments)
     if options.batch_size not in PRESETS and options.lr is None:

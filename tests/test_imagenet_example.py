@@ -21,7 +21,7 @@ STEPS = 16  # 8 epochs of 2
 ARGUMENTS = [
     "--model=resnet18", "--image-size=32", "--batch-size=31", "--micro-batch=8", "--epochs=8",
     "--warmup-epochs=2", "--lr=0.1", "--trust-coefficient=0.03", "--workers=0", "--checkpoint-every=5",
-    "--log-every=1", "--device=cpu",
+    "--log-every=1", "--keep-checkpoints=4", "--device=cpu",
 ]  # fmt: skip
 
 
@@ -44,12 +44,16 @@ def data(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-def train(arguments: list[str]):
-    """All that a run has come to, on each rank."""
+def load_script():
     spec = importlib.util.spec_from_file_location("imagenet", SCRIPT)
     imagenet = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imagenet)
-    run = imagenet.main(arguments)
+    return imagenet
+
+
+def train(arguments: list[str]):
+    """All that a run has come to, on each rank."""
+    run = load_script().main(arguments)
     tensors = [*run.model.parameters(), *run.model.buffers()]
     tensors += [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
     return [full(t.detach()).clone() for t in tensors]
@@ -157,6 +161,157 @@ def test_each_process_needs_a_gpu_cuda(data, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
     message = refused(data, *([] if gpus else ["--device=cuda"]))
     assert f"{gpus + 1} run on this machine and torch sees {gpus}: start fewer" in message
+
+
+def run(data, tmp_path, *arguments) -> subprocess.CompletedProcess:
+    """A short run of one process that saves after each of its 4 steps, or goes on with it."""
+    command = [
+        sys.executable,
+        SCRIPT,
+        data,
+        *ARGUMENTS,
+        "--epochs=2",
+        "--warmup-epochs=1",
+        "--checkpoint-every=1",
+    ]
+    return subprocess.run(
+        [*command, f"--output={tmp_path}", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def steps_in(folder) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "data": lambda checkpoint: truncate(checkpoint / "__0_0.distcp"),
+    "no data": lambda checkpoint: (checkpoint / "__0_0.distcp").unlink(),
+    "metadata": lambda checkpoint: truncate(checkpoint / ".metadata"),
+    "no metadata": lambda checkpoint: (checkpoint / ".metadata").unlink(),
+    "empty": lambda checkpoint: [path.unlink() for path in checkpoint.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(data, folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_skipped(damage, finished, data, tmp_path):
+    """The newest two; the run goes on from the one before, and its checkpoints take their places."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in (4, 3):
+        DAMAGES[damage](tmp_path / f"step-{step}")
+    went_on = run(data, tmp_path)
+    assert went_on.returncode == 0, went_on.stderr
+    for step in (4, 3):
+        assert f"warning: {tmp_path}/step-{step} cannot be read and is skipped: " in went_on.stderr
+    assert f"{tmp_path}: going on from step 2" in went_on.stdout
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert (tmp_path / "log.csv").read_text() == (finished / "log.csv").read_text()
+    again = run(data, tmp_path)
+    assert "going on from step 4" in again.stdout
+    assert "warning: " not in again.stderr
+
+
+def test_damaged_on_two_processes(finished, data, tmp_path):
+    """A file that one process alone cannot read: all of them fall back to the same checkpoint."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    arguments = [
+        str(data),
+        *ARGUMENTS,
+        "--epochs=2",
+        "--warmup-epochs=1",
+        f"--output={tmp_path}",
+        "--parallel=fsdp",
+    ]
+    shutil.rmtree(tmp_path / "step-4")
+    run_on_ranks(2, train, arguments=arguments)
+    truncate(tmp_path / "step-4" / "__1_0.distcp")
+    shutil.rmtree(tmp_path / "step-2")
+    first, second = run_on_ranks(2, train, arguments=arguments)
+    assert all(map(torch.equal, first, second))
+    assert steps_in(tmp_path) == [1, 3, 4]
+
+
+def test_no_checkpoint_can_be_read(finished, data, tmp_path):
+    """Nothing is trained over them, from weights that may have been read in part."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in range(1, 5):
+        truncate(tmp_path / f"step-{step}" / "__0_0.distcp")
+    message = run(data, tmp_path)
+    assert message.returncode != 0
+    assert f"none of the checkpoints in {tmp_path} can be read: give another --output" in message.stderr
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", None])
+def test_damaged_description_of_the_run(text, finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    if text is None:
+        (tmp_path / "run.json").unlink()
+    else:
+        (tmp_path / "run.json").write_text(text)
+    went_on = run(data, tmp_path)
+    assert went_on.returncode == 0, went_on.stderr
+    assert f"warning: {tmp_path}/run.json cannot be read" in went_on.stderr
+    assert "going on from step 4" in went_on.stdout
+    assert (tmp_path / "run.json").read_text() == (finished / "run.json").read_text()
+
+
+def test_what_lies_beside_the_checkpoints(finished, data, tmp_path):
+    """Copies of the user's, what an interrupted run has left, and a log that ends in the middle of a row."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("step-6.bak", "step-", "step-x", "unfinished-step-5", "unfinished-removal-of-step-2"):
+        shutil.copytree(tmp_path / "step-1", tmp_path / name)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("\n3,0.")
+    went_on = run(data, tmp_path)
+    assert went_on.returncode == 0, went_on.stderr
+    assert f"warning: {tmp_path}/step-6.bak has no checkpoint's name and is skipped" in went_on.stderr
+    assert "going on from step 4" in went_on.stdout
+    assert {path.name for path in tmp_path.glob("*step-*")} == {
+        "step-1", "step-2", "step-3", "step-4", "step-6.bak", "step-", "step-x",
+    }  # fmt: skip
+    assert (tmp_path / "log.csv").read_text() == (finished / "log.csv").read_text()
+
+
+def test_interrupted_while_saving(finished, data, tmp_path, monkeypatch):
+    """What has a checkpoint's name is whole."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"step-{step}")
+    imagenet = load_script()
+    save = imagenet.checkpoint.save
+
+    def save_and_die(*arguments, checkpoint_id):
+        save(*arguments, checkpoint_id=checkpoint_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imagenet.checkpoint, "save", save_and_die)
+    options = [*ARGUMENTS, "--epochs=2", "--warmup-epochs=1", "--checkpoint-every=1", f"--output={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        imagenet.main([str(data), *options])
+    assert steps_in(tmp_path) == [1, 2]
+    assert "going on from step 2" in run(data, tmp_path).stdout
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_old_checkpoints_are_removed(keep, finished, data, tmp_path):
+    """Of the last ones, a newer one that could not be read is none."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    truncate(tmp_path / "step-4" / "__0_0.distcp")
+    shutil.rmtree(tmp_path / "step-3")
+    killed = run(data, tmp_path, f"--keep-checkpoints={keep}", "--epochs=2")
+    assert killed.returncode == 0, killed.stderr
+    assert steps_in(tmp_path) == ([4] if keep == 1 else [3, 4])
 
 
 def refused(data, *arguments) -> str:
