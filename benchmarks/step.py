@@ -111,6 +111,7 @@ ONE_GROUP_OR_MANY = {
 WORKLOADS = {
     "ResNet-50": (lambda: model_shapes(torchvision.models.resnet50), None),
     "ViT-B/16": (lambda: model_shapes(torchvision.models.vit_b_16), None),
+    "161 tensors of one element": (lambda: [(1,)] * 161, None),
     "400 small tensors": (lambda: [(32, 32)] * 400, None),
     "465 small tensors": (lambda: [(32, 32)] * 465, ONE_GROUP_OR_MANY),
 }

@@ -1,4 +1,10 @@
-"""GradScaler: an overflow skips the whole step, whichever step it is, and scales are divided out."""
+"""GradScaler: an overflow skips the whole step, whichever step it is, and scales are divided out.
+
+With fused=True the kernels do both; otherwise the scaler does, as with torch's own optimizers.
+"""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -16,9 +22,9 @@ OPTIONS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(params=["fused", "foreach"])
+@pytest.fixture(params=["fused", "foreach", "default"])
 def implementation(request):
-    return {request.param: True}
+    return {} if request.param == "default" else {request.param: True}
 
 
 def make_params(device, dtype=torch.float32):
@@ -40,9 +46,10 @@ def scaler_step(scaler, optimizer, params, step, overflow=False):
     grads = [p.grad.clone() for p in params]
     scaler.step(optimizer)
     scaler.update()
-    # Unscaled inside the step: neither the scaler nor the optimizer writes gradients.
-    for p, grad in zip(params, grads):
-        assert same_bits(p.grad, grad)
+    # Unscaled in the kernels: neither the scaler nor the optimizer writes gradients.
+    if optimizer.param_groups[0]["fused"]:
+        for p, grad in zip(params, grads):
+            assert same_bits(p.grad, grad)
 
 
 @pytest.mark.parametrize("master_weights", [False, True])
@@ -57,6 +64,10 @@ def test_first_step_overflows(implementation, options, dtype, master_weights, de
     scaler = torch.amp.GradScaler(device, init_scale=64.0)
     scaler.scale(torch.zeros((), device=device))
     before = [p.detach().clone() for p in params]
+    if dtype == torch.float16 and "fused" not in implementation:
+        with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+            scaler_step(scaler, optimizer, params, 0)
+        return
     for _ in range(2):
         scaler_step(scaler, optimizer, params, 0, overflow=True)
     for p, old in zip(params, before):
@@ -108,6 +119,90 @@ def test_found_inf_is_a_sum_over_devices(implementation, found, device):
         assert same_bits(p, old)
         assert same_bits(optimizer.state[p]["momentum_buffer"], old_buffer)
         assert same_bits(optimizer.trust_ratios()[p], ratios[p])
+
+
+# ---------------------------------------------------------------- who unscales
+
+
+def test_who_unscales_is_said_as_torch_says_it(device):
+    """Per instance and for fused=True alone: frameworks read _step_supports_amp_scaling."""
+    for optimizer_class in (LARS, torch.optim.SGD):
+        for options in ({}, dict(fused=False), dict(foreach=True), dict(fused=None)):
+            optimizer = optimizer_class(make_params(device), lr=0.5, **options)
+            assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        assert optimizer_class(make_params("cpu"), lr=0.5, fused=True)._step_supports_amp_scaling
+
+
+def test_who_unscales_follows_the_groups():
+    """The kernels do it where all groups ask for them."""
+
+    def make(*fused):
+        return LARS([{"params": p, "fused": f} for p, f in zip(make_params("cpu"), fused)], lr=0.5)
+
+    optimizer = make(True, True)
+    assert optimizer._step_supports_amp_scaling
+    assert not make(True, None)._step_supports_amp_scaling
+    for twin in (copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin._step_supports_amp_scaling
+    # How a process computes is its own business, not the saved run's.
+    other = make(None, None)
+    other.load_state_dict(optimizer.state_dict())
+    assert not other._step_supports_amp_scaling
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer._step_supports_amp_scaling
+    optimizer.add_param_group({"params": make_params("cpu"), "fused": True})
+    assert optimizer._step_supports_amp_scaling
+    optimizer.add_param_group({"params": make_params("cpu")})
+    assert not optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaler_knows_whether_it_skipped(implementation, overflow, device):
+    """By default step() is not called after an overflow, which Accelerate's step_was_skipped looks for."""
+    params = make_params(device)
+    optimizer = LARS(params, lr=0.5, **implementation)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    scaler = torch.amp.GradScaler(device, init_scale=64.0)
+    scaler.scale(torch.zeros((), device=device))
+    set_grads(params, 0, 64.0)
+    if overflow:
+        params[0].grad[0] = torch.inf
+    before = params[0].detach().clone()
+    scaler.step(optimizer)
+    assert bool(calls) == (not overflow or "fused" in implementation)
+    assert same_bits(params[0], before) == overflow
+
+
+def test_lightning_clips_gradients():
+    """Its plugins for mixed precision refuse to, where an optimizer unscales by itself."""
+    amp = pytest.importorskip("pytorch_lightning.plugins.precision")
+    plugin = amp.MixedPrecision("16-mixed", "cpu")
+    params = make_params("cpu")
+    set_grads(params, 0)
+    plugin.clip_gradients(LARS(params, lr=0.5), 0.1)
+    norm = torch.stack([p.grad.norm() for p in params]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.1), rtol=1e-4, atol=0)
+    with pytest.raises(RuntimeError, match="performs unscaling of gradients internally"):
+        plugin.clip_gradients(LARS(params, lr=0.5, fused=True), 0.1)
+
+
+def test_accelerate_reports_a_skipped_step():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    params = make_params("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.zeros(()))
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(LARS(params, lr=0.5), scaler=scaler)
+    for overflow in (False, True, False):
+        set_grads(params, 0, scaler.get_scale())
+        if overflow:
+            params[0].grad[0] = torch.inf
+        optimizer.step()
+        assert optimizer.step_was_skipped == overflow
+
+
+# ---------------------------------------------------------------- around a scaler
 
 
 def test_unscale_then_clip(implementation, device):

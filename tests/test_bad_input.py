@@ -1,13 +1,20 @@
 """What does not fit is named, with what it was and what is allowed; nothing has changed by then."""
 
+import dataclasses
+import re
+from random import Random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from conftest import has_kernels
 from fused_lars import LARS
 from layouts import Layout, Layouts
 from reference import Rule
-from stepping import Dtypes, call_op, make_leaf, make_optimizer, same_bits, snapshot
+from stepping import HYPERPARAMETERS, Dtypes, call_op, make_leaf, make_optimizer, same_bits, snapshot
 
 nan, inf = float("nan"), float("inf")
 
@@ -90,11 +97,44 @@ def test_fused_with_an_unsupported_dtype(dtype):
         LARS([("named_one", params[1])], fused=True)
 
 
-def test_fused_on_a_device_without_kernels():
+NO_KERNELS = "`fused=True` requires all the params to be floating point Tensors of supported devices; "
+
+
+def test_fused_on_meta(device):
+    """Models are materialised later; the first step tells, in torch's words, and makes no state on meta."""
+    if not has_kernels(device):
+        pytest.skip("the build has no CUDA kernels")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizer = LARS(model.named_parameters(), lr=0.1, momentum=0.9, fused=True)
+    optimizer.step()  # no gradients yet
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=f"{NO_KERNELS}parameter '0.weight'.* is on meta, for which this"):
+        optimizer.step()
+    assert not optimizer.state
+    for p in model.parameters():
+        p.grad = None
+        torch.utils.swap_tensors(p, nn.Parameter(torch.ones(p.shape, device=device)))
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(bool((p < 1).all()) for p in model.parameters())
+
+
+def test_fused_on_meta_beside_another_device():
+    params = [nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta")]
+    optimizer = LARS(params, lr=0.1, momentum=0.9, fused=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
     with pytest.raises(
-        RuntimeError, match="parameter 0 is on meta, for which this build has no fused kernel"
+        RuntimeError, match=rf"{NO_KERNELS}parameter param_groups\[0\]\['params'\]\[1\] is on meta"
     ):
-        LARS([nn.Parameter(torch.ones(2, device="meta"))], fused=True)
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(params[0], torch.ones(2))
+    params[1].grad = None  # a part of the model that is not trained
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(2))
 
 
 @pytest.mark.parametrize("params", [[], [{"params": []}, {"params": None}]], ids=str)
@@ -280,6 +320,244 @@ def test_a_master_of_the_wrong_dtype():
         call_op([leaf])
 
 
+# ---------------------------------------------------------------- memory that a step would write twice
+
+
+def call(params, grads, buffers=(), op="step_", **options):
+    """The op on one group with momentum where there are buffers."""
+    rule = Rule(lr=0.1, momentum=0.9 if buffers else 0.0)
+    values = {name: [getattr(rule, name)] for name in HYPERPARAMETERS}
+    getattr(torch.ops.fused_lars, op)(
+        list(params), list(grads), list(buffers), [], [], [len(params)], **{**values, **options}
+    )
+
+
+def like(*tensors):
+    return [torch.ones_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+SHARED = {
+    "the same tensor": lambda x: (x, x),
+    "a tied weight": lambda x: (x, x.detach()),
+    "a slice": lambda x: (x, x[2:4]),
+    "two slices": lambda x: (x[:4], x[3:]),
+    "crossing slices": lambda x: (x[2], x[:, 3]),
+    "one element": lambda x: (x[:2], x[1, 5]),
+    "the transpose": lambda x: (x, x.t()),
+    "another dtype": lambda x: (x, x.view(torch.float16)[:, 3]),
+}
+NOT_SHARED = {
+    "rows": lambda x: (x[:3], x[3:]),
+    "columns": lambda x: (x[:, :2], x[:, 2:]),
+    "every other row": lambda x: (x[::2], x[1::2]),
+    "every other column": lambda x: (x[:, ::2], x[:, 1::2]),
+    "a row and the others' column": lambda x: (x[0], x[1:, 3]),
+    "halves of a transpose": lambda x: (x.t()[:3], x.t()[3:]),
+    "nothing": lambda x: (x, x[2:2]),
+    "another dtype": lambda x: (x[:, :3], x.view(torch.float16)[:, 6:]),
+}
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+@pytest.mark.parametrize("views", SHARED.values(), ids=SHARED)
+def test_memory_that_is_written_twice_is_refused(device, op, views):
+    x = torch.ones(6, 6, device=device)
+    params = views(x)
+    with pytest.raises(ValueError, match=r"^params\[1\] shares memory with params\[0\]; every tensor that "):
+        call(params, like(*params), op=op)
+    with pytest.raises(ValueError, match=r"^momentum_buffers\[0\] shares memory with params\[0\]"):
+        call(params[:1], like(params[0]), [params[0].detach()], op=op)
+    with pytest.raises(ValueError, match=r"^grads\[0\] shares memory with params\[0\]"):
+        call(params[:1], params[:1], op=op)
+    assert bool((x == 1).all())
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+@pytest.mark.parametrize("views", NOT_SHARED.values(), ids=NOT_SHARED)
+def test_neighbours_in_one_storage_are_stepped(device, op, views):
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    params, apart = views(x), [p.clone() for p in views(x)]
+    call(params, like(*params), op=op)
+    call(apart, like(*params), op=op)
+    assert all(same_bits(p, q) for p, q in zip(params, apart))
+
+
+def test_memory_that_came_from_elsewhere():
+    """Two storages of torch's can be the same memory of NumPy's."""
+    array = np.ones(10, dtype=np.float32)
+    one, other, apart = (torch.from_numpy(array[part]) for part in (np.s_[:6], np.s_[5:9], np.s_[9:]))
+    call([one, apart], like(one, apart))
+    with pytest.raises(ValueError, match=r"^params\[2\] shares memory with params\[0\]"):
+        call([one, apart, other], like(one, apart, other))
+
+
+def test_what_is_only_read_may_be_shared():
+    grad, params = torch.ones(4), [torch.ones(4) for _ in range(3)]
+    call(params, [grad, grad, grad.detach()])
+    assert torch.equal(params[0], params[2])
+    with pytest.raises(ValueError, match=r"^params\[1\] shares memory with grads\[0\]"):
+        call([params[0], grad], [grad, grad])
+
+
+def test_shared_memory_is_found_where_there_is_some():
+    """Against the sets of elements, for slices of every kind."""
+    random = Random(0)
+    outcomes = []
+    for _ in range(400):
+        shape = [random.randint(1, 5) for _ in range(random.randint(1, 4))]
+        base = torch.arange(torch.Size(shape).numel()).double().reshape(shape)
+        views = []
+        for _ in range(2):
+            view = base
+            for d, size in enumerate(shape):
+                begin = random.randrange(size)
+                view = view.transpose(0, d)[begin : random.randint(begin + 1, size) : random.randint(1, 3)]
+                view = view.transpose(0, d)
+            views.append(view.permute(random.sample(range(view.dim()), view.dim())))
+        shared = bool({*views[0].flatten().tolist()} & {*views[1].flatten().tolist()})
+        outcomes.append(shared)
+        if shared:
+            with pytest.raises(ValueError, match="shares memory"):
+                call(views, like(*views))
+        else:
+            call(views, like(*views))
+    assert 100 < sum(outcomes) < 300
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_weight_that_two_parameters_share(implementation):
+    weight = torch.ones(3, 2)
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(weight), nn.Parameter(weight[1])]
+    optimizer = LARS([{"params": p} for p in params], lr=0.1, **{implementation: True})
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"params\[2\] shares memory with params\[1\]"):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_parameter_that_is_listed_twice(implementation):
+    """torch only warns of it, and would step it twice."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = LARS([param, param], lr=0.1, momentum=0.9, **{implementation: True})
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"params\[1\] shares memory with params\[0\]"):
+        optimizer.step()
+    assert bool((param == 1).all())
+
+
+# ---------------------------------------------------------------- what autograd would refuse half-way
+
+
+def test_the_reference_finds_leaves_before_anything_is_written():
+    """Autograd follows it, and refuses to write a leaf that requires grad."""
+    leaves = make_leaves()
+    before = snapshot(leaves)
+    for name in ("param", "momentum_buffer", "step"):
+        tensor = getattr(leaves[3], name).requires_grad_()
+        of = {"param": "params", "momentum_buffer": "momentum_buffers", "step": "steps"}[name]
+        with pytest.raises(
+            ValueError, match=rf"^{of}\[3\] is a (view of a )?leaf that requires grad; allowed: under"
+        ):
+            call_op(leaves, op="reference_step_")
+        tensor.requires_grad_(False)
+    whole = torch.ones(20).requires_grad_()
+    leaves[3].param = whole[:10]
+    with pytest.raises(ValueError, match=r"^params\[3\] is a view of a leaf that requires grad"):
+        call_op(leaves, op="reference_step_")
+    leaves[3].param = whole.detach()[:10]
+    with torch.inference_mode():
+        leaves[3].momentum_buffer = torch.zeros(10)
+    with pytest.raises(ValueError, match=r"^momentum_buffers\[3\] is an inference tensor"):
+        call_op(leaves, op="reference_step_")
+    assert_unchanged(leaves[:3], before)
+
+
+@pytest.mark.parametrize("kind", ["leaf", "inference"])
+def test_step_is_below_autograd(device, kind):
+    """Whatever autograd thinks of a tensor, also of one that goes through a dense copy, and of its count."""
+    with torch.inference_mode(kind == "inference"):
+        leaves, expected = make_leaves(device), make_leaves(device)
+        leaves[3].param = torch.ones(10, 2, device=device)[:, 0]
+        leaves[3].param.copy_(expected[3].param)
+    if kind == "leaf":
+        for leaf in leaves:
+            for tensor in leaf.tensors().values():
+                tensor.requires_grad_()
+    call_op(leaves)
+    call_op(expected)
+    for leaf, other in zip(leaves, expected):
+        for name, tensor in leaf.tensors().items():
+            assert same_bits(tensor, other.tensors()[name]), name
+
+
+# ---------------------------------------------------------------- odd calls of the ops
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+@pytest.mark.parametrize("name", ["squared_norms", "grad_scale", "found_inf", "trust_ratios", "workspace"])
+def test_arguments_that_are_not_strided(op, name):
+    param = torch.ones(3)
+    sparse = torch.ones(1, dtype=torch.int32 if name == "workspace" else torch.float32).to_sparse()
+    with pytest.raises(ValueError, match=f"^{name} has layout Sparse; allowed: Strided"):
+        call([param], like(param), op=op, **{name: sparse})
+    assert bool((param == 1).all())
+
+
+def test_a_workspace_that_kernels_cannot_use(device):
+    """What is in it cannot be seen without waiting for the device; what it is can."""
+    param = torch.ones(3, device=device)
+    memory = torch.zeros(9, dtype=torch.int32, device=device)
+    for workspace, message in [
+        (memory[1:], "^workspace starts at an address that is no multiple of 8"),
+        (memory[::2], "^workspace is Int.* expected a contiguous vector of Int"),
+        (memory.view(3, 3), "^workspace is Int.* expected a contiguous vector of Int"),
+        (memory.long(), "^workspace is Long.* expected a contiguous vector of Int"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call([param], like(param), workspace=workspace)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.fused_lars.squared_norms([param], [param], workspace=workspace)
+    with pytest.raises(ValueError, match=r"^workspace shares memory with params\[0\]"):
+        call([memory[2:].view(torch.float32)], like(memory[2:].view(torch.float32)), workspace=memory)
+    assert bool((param == 1).all())
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+@pytest.mark.parametrize("value", [-1.0, nan, inf])
+def test_an_lr_tensor_that_the_host_sees(op, value):
+    leaves = make_leaves()
+    leaves[3].rule = dataclasses.replace(leaves[3].rule, lr=value)
+    before = snapshot(leaves)
+    with pytest.raises(ValueError, match=r"^Invalid learning rate in group 1: "):
+        call_op(leaves, tensor_lr=True, op=op)
+    assert_unchanged(leaves, before)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta", "cuda"])
+def test_no_tensors(where):
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch.cuda is not available")
+    ops = torch.ops.fused_lars
+    workspace = torch.zeros(4, dtype=torch.int32, device=where)
+    norms = ops.squared_norms([], [], workspace=workspace)
+    assert norms.shape == (0, 2)
+    assert norms.dtype == torch.float64
+    assert norms.device == workspace.device
+    assert ops.squared_norms([], []).shape == (0, 2)
+    call([], [], workspace=workspace)
+    call([], [])
+    with pytest.raises(ValueError, match=r"^momentum_buffers has 1 tensors; expected 0"):
+        call([], [], [workspace])
+    with pytest.raises(ValueError, match=r"^grads has 1 tensors; expected 0"):
+        ops.squared_norms([], [torch.ones(2, device=where)])
+    with pytest.raises(ValueError, match="expected a contiguous vector of Int"):
+        ops.squared_norms([], [], workspace=workspace.float())
+
+
 def test_gradients_are_not_rewritten(device):
     """timm, pytorch_optimizer and torchlars write to p.grad; here its bits and its version stay."""
     for implementation in ("fused", "foreach"):
@@ -314,11 +592,101 @@ def test_errors_count_groups_as_param_groups_does(spoil, message):
     assert all(bool((p == 1).all()) for p in params)
 
 
-@pytest.mark.parametrize("value", [None, "0.1", [0.1]])
+@pytest.mark.parametrize(
+    "value", [None, "0.1", [0.1], np.array([0.1]), np.array(0.1), np.array([0.1, 0.2]), 0.1 + 0j], ids=repr
+)
 @pytest.mark.parametrize("name", ["lr", "momentum", "eps"])
 def test_options_that_are_no_numbers(name, value):
     with pytest.raises(ValueError, match=f"{name} is .*; allowed: a number"):
         LARS([nn.Parameter(torch.ones(2))], **{name: value})
+
+
+@pytest.mark.parametrize("lr", [0.1, 1, torch.tensor(0.1)], ids=repr)
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", x) for x in (None, "0.1", [0.1], np.array([0.1]), np.array(0.1), np.array([0.1, 0.2]), 0.1 + 0j)]
+    + [(name, x) for name in ("momentum", "weight_decay") for x in (None, "0.1", np.array([0.1]))],
+    ids=repr,
+)
+def test_options_that_are_no_numbers_later(name, value, implementation, lr):
+    """What a schedule writes has the constructor's text at the next step, with the group."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    groups = [{"params": params[0], "foreach": implementation != "foreach"}]
+    groups += [{"params": p} for p in params[1:]]
+    optimizer = LARS(groups, lr=lr, **{implementation: None if implementation == "fused" else True})
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[2][name] = value
+    with pytest.raises(
+        ValueError, match=rf"^{name} in group 2 is {re.escape(repr(value))}; allowed: a number$"
+    ):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+    assert not optimizer.trust_ratios() or all(q.isnan() for q in optimizer.trust_ratios().values())
+
+
+@pytest.mark.parametrize("value", [-1.0, nan, inf])
+@pytest.mark.parametrize(
+    "implementation",
+    [dict(fused=True), dict(foreach=True), dict(fused=False), dict(differentiable=True)],
+    ids=repr,
+)
+@pytest.mark.parametrize("others", ["numbers", "tensors"])
+def test_an_lr_tensor_that_goes_bad_later(value, implementation, others, device):
+    """One answer from every implementation, as far as the host sees the value."""
+    if implementation.get("fused") and not has_kernels(device):
+        pytest.skip("the build has no CUDA kernels")
+    params = [torch.ones(3, device=device) for _ in range(2)]
+    lr = torch.tensor(0.5)
+    groups = [{"params": params[0]}, {"params": params[1], "lr": lr}]
+    optimizer = LARS(groups, lr=torch.tensor(0.5) if others == "tensors" else 0.5, **implementation)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    lr.fill_(value)
+    with pytest.raises(
+        ValueError, match=f"^Invalid learning rate in group 1: {value:g}; allowed: finite and >= 0"
+    ):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+
+
+def test_a_traced_lr_is_not_read():
+    """Its value is an input of the program."""
+    param = torch.full((3,), 2.0)
+    optimizer = LARS([param], lr=1.0, foreach=True, layer_adaptation=False)
+
+    def step(lr, p, grad):
+        optimizer.param_groups[0].update(params=[p], lr=lr)
+        p.grad = grad
+        optimizer.step()
+        return p
+
+    program = make_fx(step)(torch.tensor(0.5), param.clone(), torch.ones(3))
+    assert program(torch.tensor(0.25), param.clone(), torch.ones(3)).eq(1.75).all()
+
+
+@pytest.mark.parametrize("value", ["no", None, 0.5, "Decayed"])
+def test_layer_adaptation_of_another_kind(value):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=f'layer_adaptation is {value!r}; allowed: True, False, "decayed"'):
+        LARS(params, layer_adaptation=value)
+    optimizer = LARS([{"params": p} for p in params])
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.param_groups[1]["layer_adaptation"] = value
+    with pytest.raises(ValueError, match=f"layer_adaptation in group 1 is {value!r}; allowed: True, False"):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in params)
+
+
+def test_options_after_momentum_are_keywords():
+    """torch's SGD has dampening next and lightly weight_decay; their order would be taken for another."""
+    params = [nn.Parameter(torch.ones(2))]
+    LARS(params, 0.1, 0.9)
+    for more in ((0,), (0, 1e-4)):
+        with pytest.raises(TypeError, match="positional arguments"):
+            LARS(params, 0.1, 0.9, *more)
 
 
 def test_a_sparse_parameter():

@@ -216,3 +216,39 @@ def test_a_compiled_optimizer_gives_the_eager_bits(device, backend, options):
                 torch.testing.assert_close(p, q)  # kernels of inductor's own
             else:
                 assert torch.equal(p, q)
+
+
+class Counter:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+# With foreach every value of the momentum is compiled anew: it is a number in a list of the op.
+@pytest.mark.parametrize(
+    ("implementation", "changes"),
+    [("fused", ["lr"]), ("fused", ["lr", "momentum"]), ("foreach", ["lr"])],
+    ids=str,
+)
+def test_a_schedule_does_not_compile_anew_in_every_step(device, implementation, changes):
+    """At most as often as for torch's SGD, whose learning rate is a float too."""
+    graphs = {}
+    for optimizer_class in (LARS, torch.optim.SGD):
+        torch._dynamo.reset()
+        params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+        optimizer = optimizer_class(params, lr=1.0, momentum=0.9, **{implementation: True})
+        counter = Counter()
+        step = torch.compile(optimizer.step, backend=counter)
+        for i in range(14):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            for change in changes:
+                optimizer.param_groups[0][change] = {"lr": 1.0, "momentum": 0.9}[change] / (1 + i)
+            step()
+        graphs[optimizer_class] = counter.graphs
+    assert graphs[LARS] <= graphs[torch.optim.SGD]

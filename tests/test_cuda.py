@@ -242,17 +242,22 @@ import fused_lars
 
 def train(steps):
     for _ in range(steps):
-        param.grad = param.detach()
+        param.grad = grad
         optimizer.step()
 
 param = torch.nn.Parameter(torch.ones(1024, device="cuda"))
+grad = torch.ones_like(param)
 optimizer = fused_lars.LARS([param], lr=0.5)
 train(2)
 assert (param < 1).all()
 address = param.data_ptr() if sys.argv[1] == "behind an allocation" else 4096
 claimed = 1 << 32  # bytes
-storage = torch._C._construct_storage_from_data_pointer(address, param.device, claimed)
-param.data = torch.empty(0, device="cuda").set_(storage, 0, (claimed // 4,))
+
+def tensor_at(address):
+    storage = torch._C._construct_storage_from_data_pointer(address, param.device, claimed)
+    return torch.empty(0, device="cuda").set_(storage, 0, (claimed // 4,))
+
+param.data, grad = tensor_at(address), tensor_at(address + claimed)
 try:
     train(1)
     torch.cuda.synchronize()

@@ -115,6 +115,7 @@ def test_every_option_can_be_a_groups_own(device):
         dict(maximize=True),
         dict(trust_clip=True),
         dict(layer_adaptation=False),
+        dict(layer_adaptation="decayed", weight_decay=0.0),
         dict(classic_momentum=False),
         dict(foreach=True),
         dict(fused=True),
@@ -146,6 +147,37 @@ def test_every_option_can_be_a_groups_own(device):
         assert same_bits(p, expected), override
         if not {"foreach", "fused", "capturable"} & override.keys():
             assert not torch.equal(p, unchanged), override
+
+
+@pytest.mark.parametrize("trust_clip", [False, True])
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_adaptation_of_what_is_decayed(implementation, trust_clip, device):
+    """ "decayed" is True where a group has a weight decay; elsewhere the step is plain, without a clip."""
+
+    def train(layer_adaptation, trust_clips):
+        params = [nn.Parameter(torch.linspace(1, 2, 30, device=device)) for _ in range(3)]
+        groups = [
+            {"params": p, "weight_decay": d, "layer_adaptation": a, "trust_clip": c}
+            for p, d, a, c in zip(params, (0.1, 0.0, 0.1), layer_adaptation, trust_clips)
+        ]
+        optimizer = LARS(groups, lr=2.0, momentum=0.5, trust_coefficient=0.7, **{implementation: True})
+        for step in range(4):
+            # A schedule may switch the decay off, and with it the adaptation.
+            optimizer.param_groups[2]["weight_decay"] = 0.1 if step < 2 else 0.0
+            if layer_adaptation[2] != "decayed":
+                optimizer.param_groups[2].update(
+                    layer_adaptation=step < 2, trust_clip=trust_clip and step < 2
+                )
+            for p in params:
+                p.grad = torch.cos(p.detach() * (step + 1))
+            optimizer.step()
+        assert [group["layer_adaptation"] for group in optimizer.param_groups][:2] == layer_adaptation[:2]
+        return params
+
+    got = train(["decayed"] * 3, [trust_clip] * 3)
+    expected = train([True, False, True], [trust_clip, False, trust_clip])
+    for p, q in zip(got, expected):
+        assert same_bits(p, q)
 
 
 def test_masters_of_one_group_only(device):

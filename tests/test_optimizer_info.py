@@ -191,6 +191,48 @@ def test_an_older_state_dict_loads(optim_input, device):
     old_pickle.step(closure_of(old_pickle, weight, bias, x))
 
 
+@inputs
+def test_a_state_dict_with_numbers_for_tensors_loads(optim_input, device):
+    """As test_load_nontensor_step of torch's suite."""
+    weight, bias, x = make_problem(device)
+    # The one option that counts steps.
+    kwargs = kwargs_of(optim_input, device)
+    if kwargs.get("momentum") and not kwargs.get("nesterov") and not kwargs.get("classic_momentum", True):
+        kwargs["dampening"] = 0.5
+    optimizer = LARS([weight, bias], **kwargs)
+    closure = closure_of(optimizer, weight, bias, x, kwargs.get("maximize", False))
+    for _ in range(3):
+        optimizer.step(closure)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = state["step"].item()
+    optimizer.load_state_dict(saved)
+    assert all(state.get("step", 3) == 3 for state in optimizer.state.values())
+    optimizer.step(closure)
+    assert all(state.get("step", 4) == 4 for state in optimizer.state.values())
+
+
+def test_fused_on_parameters_on_meta(device):
+    """As test_fused_error_on_params_on_meta of torch's suite."""
+    if not has_kernels(device):
+        pytest.skip("the build has no CUDA kernels")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 1), nn.Sigmoid())
+    optimizer = LARS(model.parameters(), fused=True)
+    for p in model.parameters():
+        p.grad = torch.rand_like(p)
+    with pytest.raises(
+        RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"
+    ):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.to_empty(device=device)
+    for p in model.parameters():
+        p.grad = torch.rand_like(p)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("option", ["lr", "weight_decay"])
 def test_param_groups(option, device):
     """A group whose lr is 0 stays; a group with weight decay shrinks more."""

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fused_lars import LARS, param_groups
 
@@ -131,8 +133,8 @@ def test_parameters_of_the_model_itself():
             self.inner = nn.ParameterList([torch.ones(2, 2)])
 
     groups = param_groups(Model())
-    assert names(groups[0]) == {"scale", "inner.0"}
-    assert names(groups[1]) == {"bias"}
+    assert names(groups[0]) == {"inner.0"}
+    assert names(groups[1]) == {"scale", "bias"}
 
 
 def test_frozen_parameters_are_listed():
@@ -180,7 +182,7 @@ def test_a_model_without_one_of_the_groups():
         optimizer.step()
 
 
-def test_norms_by_name_are_vectors():
+def test_what_is_called_a_norm_and_is_none():
     class NormedLinear(nn.Linear):
         pass
 
@@ -201,3 +203,195 @@ def test_parametrizations_count_for_what_they_make():
     groups = param_groups(model)
     check_complete(model, groups)
     assert names(groups[0]) == {"0.parametrizations.weight.original"}
+
+
+# ---------------------------------------------------------------- vectors
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
+def test_vectors_of_any_kind():
+    """LayerScale, PReLU and gains are no norms and no biases, and are left out all the same."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.D = nn.Parameter(torch.ones(4))
+            self.A_log = nn.Parameter(torch.ones(4, 2))
+            self.logit_scale = nn.Parameter(torch.ones(()))
+
+    groups = param_groups(nn.Sequential(nn.Linear(4, 4), LayerScale(4), nn.PReLU(4), Mixer()))
+    assert names(groups[0]) == {"0.weight", "3.A_log"}
+    assert names(groups[1]) == {"0.bias", "1.gamma", "2.weight", "3.D", "3.logit_scale"}
+
+
+def test_a_layer_scale_grows():
+    """It starts at 1e-6; a step in proportion to its norm would leave it there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), LayerScale(4))
+    optimizer = LARS(param_groups(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
+    x = torch.randn(16, 4)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), x).backward()
+        optimizer.step()
+    assert model[1].gamma.norm() > 0.1
+
+
+def test_vectors_of_models():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("cait_xxs24_224", depth=2, img_size=32)
+    assert any("gamma" in name for name, _ in model.named_parameters())
+    groups = param_groups(model)
+    check_complete(model, groups)
+    assert names(groups[1]) >= {name for name, p in model.named_parameters() if p.ndim <= 1}
+    assert all(p.ndim > 1 for _, p in groups[0]["params"])
+
+
+def test_lazy_parameters():
+    """They have no shape yet, so their dimensions say nothing."""
+    groups = param_groups(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.LazyConv2d(2, 3)))
+    assert names(groups[0]) == {"0.weight", "2.weight"}
+
+
+# ---------------------------------------------------------------- models that are no Python modules any more
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm([3, 4])
+        self.conv = nn.Conv1d(3, 3, 1)
+        self.bn = nn.BatchNorm1d(3)
+        self.scale = LayerScale(4)
+
+    def forward(self, x):
+        return self.scale(self.bn(self.conv(self.norm(x))))
+
+
+def jit_models(path):
+    scripted = torch.jit.script(Block())
+    traced = torch.jit.trace(Block().eval(), torch.ones(2, 3, 4))
+    for name, model in {"scripted": scripted, "traced": traced}.items():
+        yield name, model
+        torch.jit.save(model, path)
+        yield f"{name} and loaded", torch.jit.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_models_of_torch_jit(tmp_path):
+    """A multi-dimensional norm is known by the name of its class, which is what is left of it."""
+    for kind, model in jit_models(tmp_path / "model.pt"):
+        groups = param_groups(model, weight_decay=0.1)
+        check_complete(model, groups)
+        assert names(groups[0]) == {"conv.weight"}, kind
+        assert {"norm.weight", "norm.bias", "bn.weight", "scale.gamma"} <= names(groups[1]), kind
+        LARS(groups, lr=0.1)
+
+
+def graph_models():
+    exported = torch.export.export(Block().eval(), (torch.ones(2, 3, 4),))
+    yield exported.module()
+    yield torch.export.unflatten(exported)
+
+
+def test_models_of_torch_export():
+    """Nothing says what their modules were, so the caller has to."""
+    for model in graph_models():
+        with pytest.raises(ValueError, match=r"parameter 'norm\.weight' of shape \(3, 4\) .* pass exclude"):
+            param_groups(model)
+        with pytest.raises(ValueError, match="pass exclude"):
+            param_groups(nn.Sequential(nn.Linear(2, 2), model))
+        groups = param_groups(model, exclude=lambda name, p: "norm" in name)
+        check_complete(model, groups)
+        assert names(groups[0]) == {"conv.weight"}
+
+
+def test_models_of_torch_fx():
+    """Modules that tracing leaves whole keep their types; what was traced through does not."""
+    groups = param_groups(torch.fx.symbolic_trace(Block()))
+    assert names(groups[0]) == {"conv.weight"}
+    assert "norm.weight" in names(groups[1])
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.table = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, x):
+            return x @ self.inner.table
+
+    assert names(param_groups(Outer())[0]) == {"inner.table"}
+    with pytest.raises(ValueError, match=r"parameter 'inner\.table'"):
+        param_groups(torch.fx.symbolic_trace(Outer()))
+
+
+def test_compiled_models():
+    model = Block()
+    groups = param_groups(torch.compile(model))
+    assert names(groups[0]) == {"_orig_mod.conv.weight"}
+
+
+# ---------------------------------------------------------------- several models, groups without names
+
+
+def test_several_models():
+    backbone, head = Block(), nn.Linear(4, 2)
+    head.extra = backbone.conv.weight  # shared between the two
+    for models in ([backbone, head], (m for m in (backbone, head))):
+        groups = param_groups(models, weight_decay=0.1)
+        check_complete(nn.ModuleList([backbone, head]), groups)
+        assert names(groups[0]) == {"0.conv.weight", "1.weight"}
+        LARS(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2).parameters(), [nn.Linear(2, 2), "head"], None, {"a": 1}])
+def test_no_model(model):
+    with pytest.raises(TypeError, match=r"param_groups got .*; allowed: a torch\.nn\.Module or several"):
+        param_groups(model)
+
+
+def test_groups_without_names():
+    model = Block()
+    named, plain = param_groups(model, 0.1), param_groups(model, 0.1, named=False)
+    for group, other in zip(plain, named):
+        assert all(p is q for p, (_, q) in zip(group["params"], other["params"], strict=True))
+        assert group.keys() == other.keys()
+        assert {k: v for k, v in group.items() if k != "params"} == {
+            k: v for k, v in other.items() if k != "params"
+        }
+    for model in (nn.Linear(3, 2, bias=False), nn.LayerNorm(3)):
+        LARS(param_groups(model, named=False), lr=0.1)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_zero_redundancy_optimizer(one_process):
+    """It takes no names, and each group keeps its own options."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)))
+    options = dict(lr=0.5, momentum=0.9, trust_coefficient=0.01)
+    sharded = ZeroRedundancyOptimizer(param_groups(models[0], 0.1, named=False), LARS, **options)
+    optimizers = sharded, LARS(param_groups(models[1], 0.1), **options)
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).pow(3).sum().backward()
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(p, q)

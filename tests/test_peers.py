@@ -1,6 +1,7 @@
 """LARS as other libraries have it, reproduced step by step. docs/migration.md has this in words."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -326,6 +327,88 @@ def test_optax(momentum, nesterov):
             torch.testing.assert_close(
                 a, torch.tensor(b.tolist(), dtype=torch.float64), rtol=1e-12, atol=1e-12
             )
+
+
+# ---------------------------------------------------------------- groups that know only weight_decay
+
+
+def make_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+        nn.LayerNorm(4),
+        nn.Linear(4, 2),
+    ).double()
+    # No parameter of zeros: lightly does not decay those, timm does.
+    for p in net.parameters():
+        p.data.add_(0.1)
+    return net
+
+
+def groups_of_timm(net):
+    timm = pytest.importorskip("timm.optim")
+    return timm.param_groups_weight_decay(net, weight_decay=0.05)
+
+
+def groups_of_lightly(net):
+    utils = pytest.importorskip("lightly.models.utils")
+    decayed, others = utils.get_weight_decay_parameters([net])
+    return [{"name": "net", "params": decayed}, {"name": "no decay", "params": others, "weight_decay": 0.0}]
+
+
+def groups_of_trainer(net):
+    """Those that Hugging Face's Trainer hands to an optimizer's class."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # which Trainer needs
+
+    class Optimizer(torch.optim.SGD):
+        def __init__(self, groups, **options):
+            self.given = copy.copy(groups)
+            super().__init__([dict(group) for group in groups], **options)
+
+    with tempfile.TemporaryDirectory() as directory:
+        args = transformers.TrainingArguments(directory, weight_decay=0.05, report_to=[], use_cpu=True)
+        trainer = transformers.Trainer(net, args, optimizer_cls_and_kwargs=(Optimizer, dict(lr=0.1)))
+        return trainer.create_optimizer().given
+
+
+FACTORIES = {"timm": groups_of_timm, "lightly": groups_of_lightly, "Trainer": groups_of_trainer}
+factories = pytest.mark.parametrize("make_groups", FACTORIES.values(), ids=FACTORIES)
+
+
+@factories
+@pytest.mark.parametrize("implementation", [{}, dict(foreach=True)], ids=str)
+@pytest.mark.parametrize("peer", ["timm", "timm, always_adapt", "timm, trust_clip", "lightly"])
+def test_another_libraries_groups(peer, make_groups, implementation):
+    """layer_adaptation="decayed" makes a swap of the optimizer's class the whole change."""
+    net, their_net = make_net(), make_net()
+    options = dict(lr=0.3, momentum=0.9, weight_decay=0.05, eps=1e-8)
+    more = {"timm, trust_clip": dict(trust_clip=True)}.get(peer, {})
+    adapted = True if peer == "timm, always_adapt" else "decayed"
+    groups = make_groups(net)
+    assert len(groups) == 2
+    ours = LARS(
+        groups,
+        layer_adaptation=adapted,
+        classic_momentum=False,
+        trust_coefficient=0.2,
+        **options,
+        **more,
+        **implementation,
+    )
+    if peer == "lightly":
+        lars = pytest.importorskip("lightly.utils.lars").LARS
+        theirs = lars(make_groups(their_net), trust_coefficient=0.2, **options)
+    else:
+        lars = pytest.importorskip("timm.optim").Lars
+        always = peer == "timm, always_adapt"
+        theirs = lars(make_groups(their_net), trust_coeff=0.2, always_adapt=always, **options, **more)
+    assert_same_steps(ours, list(net.parameters()), theirs, list(their_net.parameters()))
+    ratios = {p.shape: q.item() for p, q in ours.trust_ratios().items()}
+    assert (ratios[net[0].bias.shape] == 1) == (adapted == "decayed")
 
 
 # ---------------------------------------------------------------- checkpoints

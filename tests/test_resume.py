@@ -181,10 +181,15 @@ def test_state_in_another_layout_is_stepped_right(device, generator):
             r"momentum_buffer of parameter 2.*\(7,\)",
         ),
         (
-            lambda d: d["state"][0].update(momentum_buffer=None),
-            "momentum_buffer of parameter 0 in the state_dict is None; expected a Tensor",
+            lambda d: d["state"][0].update(momentum_buffer=0.5),
+            "momentum_buffer of parameter 0 in the state_dict is 0.5; expected a Tensor",
         ),
-        (lambda d: d["state"][0].update(step=3), "step of parameter 0 in the state_dict is 3"),
+        (
+            lambda d: d["state"][0].update(step="3"),
+            "step of parameter 0 in the state_dict is '3'; expected a Tensor or a number",
+        ),
+        (lambda d: d["state"][0].update(step=-1), "step of parameter 0 in the state_dict is -1; allowed"),
+        (lambda d: d["param_groups"][0].update(lr="0.1"), "lr in group 0 is '0.1'; allowed: a number"),
         (lambda d: d.clear(), r"not a state_dict: it has no \['param_groups', 'state'\]"),
     ],
 )
@@ -273,3 +278,55 @@ def test_dampening_of_a_buffer_that_is_there_already():
                 param.grad = torch.cos(param.detach())
                 optimizer.step()
     torch.testing.assert_close(*params, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("number", [float, int, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int64)])
+def test_a_step_that_is_a_number_loads(number, device):
+    """As in test_load_nontensor_step of torch's suite: older states, and states that came through JSON."""
+    runs = []
+    for _ in range(2):
+        params = make_params(device)
+        optimizer = LARS(params, **OPTIONS["dampening"])
+        train(optimizer, params, range(2))
+        runs.append((optimizer, params))
+    (optimizer, params), (other, other_params) = runs
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = number(state["step"].item())
+    other.load_state_dict(saved)
+    for run, of in runs:
+        train(run, of, range(2, 4))
+    assert_same_state(optimizer, params, other, other_params)
+    assert all(state["step"].dtype == torch.float32 for state in other.state.values())
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("how", ["loaded", "set"])
+def test_a_momentum_buffer_that_is_none(how, momentum):
+    """As torch's SGD of some versions saves without momentum: no buffer yet, so the next step is a first."""
+    params = [[nn.Parameter(torch.linspace(-1, 2, 9, dtype=torch.float64))] for _ in range(2)]
+    options = dict(lr=0.1, momentum=momentum, dampening=0.5 if momentum else 0.0)
+    ours = LARS(params[0], layer_adaptation=False, classic_momentum=False, **options)
+    theirs = torch.optim.SGD(params[1], **options)
+    for optimizer, (param,) in zip((ours, theirs), params):
+        if how == "set":
+            optimizer.state[param]["momentum_buffer"] = None
+        else:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": {0: {"momentum_buffer": None}}, "param_groups": groups})
+        for _ in range(3):
+            param.grad = torch.cos(param.detach())
+            optimizer.step()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-14, atol=0)
+
+
+def test_a_master_that_is_none():
+    (param,) = [nn.Parameter(torch.linspace(1, 2, 7).bfloat16())]
+    optimizer = LARS([param], lr=0.1, momentum=0.9, master_weights=True)
+    saved = {0: {"momentum_buffer": None, "master_param": None, "step": None}}
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    train(optimizer, [param], range(1))
+    assert {k: v.dtype for k, v in optimizer.state[param].items()} == {
+        "master_param": torch.float32,
+        "momentum_buffer": torch.float32,
+    }

@@ -281,6 +281,94 @@ def test_averaged_model(average, implementation):
     torch.testing.assert_close(averaged.module[0].weight, mean)
 
 
+# ---------------------------------------------------------------- wrappers
+
+
+def dict_of(optimizer):
+    """As Lightning's wrapper did for years: another object with the attributes that there were."""
+    wrapper = LARS.__new__(LARS)
+    wrapper.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
+    return wrapper
+
+
+def lightning(optimizer):
+    core = pytest.importorskip("pytorch_lightning.core.optimizer")
+    return core.LightningOptimizer(optimizer)
+
+
+def accelerate(optimizer):
+    """AcceleratedOptimizer shows no attributes of what it wraps."""
+    module = pytest.importorskip("accelerate")
+    module.Accelerator(cpu=True)
+    return module.optimizer.AcceleratedOptimizer(optimizer).optimizer
+
+
+@pytest.mark.parametrize("wrap", [copy.copy, dict_of, lightning, accelerate], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_trust_ratios_through_a_wrapper(wrap, stepped):
+    """Whether it is made before or after the first step, it shows the last step's."""
+    model = make_model()
+    optimizer = LARS(model.parameters(), lr=0.5, momentum=0.9)
+    if stepped:
+        backward(model)
+        optimizer.step()
+    wrapper = wrap(optimizer)
+    for step in range(1, 3):
+        backward(model, step)
+        optimizer.step()
+        ratios = optimizer.trust_ratios()
+        assert list(ratios) == list(model.parameters())
+        assert wrapper.trust_ratios() == ratios
+
+
+def test_a_shallow_copy_steps_what_it_was_copied_from():
+    models = make_model(), make_model()
+    optimizer, expected = (LARS(model.parameters(), lr=0.5, momentum=0.9) for model in models)
+    for step in range(4):
+        for model, o in zip(models, (optimizer, expected)):
+            backward(model, step)
+            (copy.copy(o) if o is optimizer and step % 2 else o).step()
+        ratios = zip(optimizer.trust_ratios().values(), expected.trust_ratios().values(), strict=True)
+        assert all(q == r for q, r in ratios)
+    assert_same_models(*models)
+
+
+class Classifier(nn.Sequential):
+    def forward(self, x, labels):
+        logits = super().forward(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_hugging_face_trainer(tmp_path):
+    """It wraps the optimizer, schedules it, saves it and goes on from there."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 2)} for i in range(16)]
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        save_steps=3,
+        weight_decay=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    options = dict(lr=1.0, momentum=0.9, layer_adaptation="decayed", trust_coefficient=0.02)
+    trainers = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = Classifier(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        trainer = transformers.Trainer(
+            model, args, train_dataset=data, optimizer_cls_and_kwargs=(LARS, options)
+        )
+        before = copy.deepcopy(model.state_dict())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert all(not torch.equal(before[name], x) for name, x in model.state_dict().items())
+        trainers.append(trainer)
+    assert_same_models(*(trainer.model for trainer in trainers))
+    ratios = trainers[0].optimizer.optimizer.trust_ratios()
+    assert [ratios[p] == 1 for p in trainers[0].model.parameters()] == [False, True, True, True, False, True]
+
+
 def test_inference_mode_parameters():
     """Tensors made in inference mode have no version to bump."""
     with torch.inference_mode():

@@ -1,28 +1,46 @@
-"""Checks of what LARS is given: options, parameters and loaded state."""
+"""Checks of what LARS is given: options and parameters."""
 
 import numbers
 
 import torch
 from torch import Tensor
 
-from .op_call import HALF, HYPERPARAMETERS
+from . import _library  # noqa: F401  registers torch.ops.fused_lars
+
+# Hyperparameters of a group, by the names that the op has for them.
+HYPERPARAMETERS = (
+    "lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening",
+    "nesterov", "maximize", "trust_clip", "layer_adaptation", "classic_momentum", "master_weights",
+)  # fmt: skip
+
+# Parameters of these dtypes may have fp32 state.
+HALF = (torch.float16, torch.bfloat16)
+
+# Devices that this build has fused kernels for.
+FUSED_DEVICES = tuple(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key)
+)
 
 _FUSED_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
-def check_group(group) -> None:
-    """Checks a group's options, defaults filled in."""
+def check_group(group, index: int | None = None) -> None:
+    """Checks a group's options, defaults filled in; `index`, its place in param_groups, is for the errors."""
+    where = "" if index is None else f" in group {index}"
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element; it has shape {tuple(lr.shape)}")
-        # The value of a tensor on an accelerator is not read: that would wait for the device.
-        lr = lr.item() if lr.device.type == "cpu" else 0.0
+            raise ValueError(f"Tensor lr must be 1-element; lr{where} has shape {tuple(lr.shape)}")
+        if not lr.is_floating_point():
+            raise ValueError(f"lr{where} has dtype {lr.dtype}; allowed: a floating-point dtype")
+        lr = lr.item() if host_reads(lr) else 0.0
     for name in HYPERPARAMETERS[:6]:
-        if not isinstance(group[name] if name != "lr" else lr, numbers.Real):
-            raise ValueError(f"{name} is {group[name]!r}; allowed: a number")
-    torch.ops.fused_lars.check_hyperparameters.default(
-        lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"]
+        check_number(name, group[name] if name != "lr" else lr, index)
+    check_adaptation(group["layer_adaptation"], index)
+    check_hyperparameters(
+        lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"], group=index
     )
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -30,7 +48,42 @@ def check_group(group) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
 
 
+def host_reads(lr: Tensor) -> bool:
+    """Whether an lr's value can be checked: without a wait for a device, and in no program that is traced."""
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return lr.device.type == "cpu" and not is_traced
+
+
+def check_number(name: str, value, group: int | None = None) -> None:
+    """Checks the type of an option of a parameter group."""
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}{_in_group(group)} is {value!r}; allowed: a number")
+
+
+def check_adaptation(value, group: int | None = None) -> None:
+    if value not in (True, False, "decayed"):
+        raise ValueError(f'layer_adaptation{_in_group(group)} is {value!r}; allowed: True, False, "decayed"')
+
+
+def check_hyperparameters(
+    lr, momentum=0.0, weight_decay=0.0, trust_coefficient=1.0, eps=0.0, dampening=0.0, nesterov=False,
+    classic_momentum=True, group: int | None = None,
+) -> None:  # fmt: skip
+    """Checks the ranges of a parameter group's numbers, as a step does."""
+    try:
+        torch.ops.fused_lars.check_hyperparameters.default(
+            lr, momentum, weight_decay, trust_coefficient, eps, dampening, nesterov, classic_momentum
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace(":", f"{_in_group(group)}:", 1)) from None
+
+
+def _in_group(group: int | None) -> str:
+    return "" if group is None else f" in group {group}"
+
+
 def check_params(params, fused) -> None:
+    """Checks the parameters of a group, or pairs of a name and a parameter."""
     for index, param in enumerate(params):
         if isinstance(param, tuple):
             index, param = param
@@ -42,23 +95,19 @@ def check_params(params, fused) -> None:
             continue
         if param.dtype not in _FUSED_DTYPES:
             raise RuntimeError(
-                f"`fused=True`: parameter {index} has dtype {param.dtype}; "
+                "`fused=True` requires all the params to be floating point Tensors of supported devices; "
+                f"parameter {index} has dtype {param.dtype}; "
                 f"allowed: {', '.join(map(str, _FUSED_DTYPES))}"
             )
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(param.device.type)
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key):
-            raise RuntimeError(
-                f"`fused=True`: parameter {index} is on {param.device}, for which this build has no fused "
-                "kernel; fused_lars.show_config() says what was built"
-            )
+        # A parameter on meta is materialised before the first step, which checks again.
+        if param.device.type not in (*FUSED_DEVICES, "meta"):
+            raise RuntimeError(no_fused_kernels(f"parameter {index}", param.device))
 
 
-def check_state(saved_id, key: str, value, param: Tensor) -> None:
-    """Checks a value in the state of a state_dict."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{key} of parameter {saved_id} in the state_dict is {value!r}; expected a Tensor")
-    shape = () if key == "step" else param.shape
-    if value.shape != shape:
-        of_what = "no dimensions" if key == "step" else f"the shape of the parameter, {tuple(shape)}"
-        got = f"{key} of parameter {saved_id} in the state_dict has shape {tuple(value.shape)}"
-        raise ValueError(f"{got}; expected {of_what}")
+def no_fused_kernels(name: str, device: torch.device) -> str:
+    """The error for a parameter with fused=True; it begins as torch's own does."""
+    return (
+        "`fused=True` requires all the params to be floating point Tensors of supported devices; "
+        f"{name} is on {device}, for which this build has no fused kernel; fused_lars.show_config() says "
+        "what was built"
+    )

@@ -7,17 +7,21 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  registers torch.ops.fused_lars
+from .checks import (
+    FUSED_DEVICES,
+    HALF,
+    HYPERPARAMETERS,
+    check_adaptation,
+    check_hyperparameters,
+    check_number,
+    host_reads,
+    no_fused_kernels,
+)
 
-# Hyperparameters of a group, by the names that the op has for them.
-HYPERPARAMETERS = (
-    "lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening",
-    "nesterov", "maximize", "trust_clip", "layer_adaptation", "classic_momentum", "master_weights",
-)  # fmt: skip
 _get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 
-# Parameters of these dtypes may have fp32 state.
-HALF = (torch.float16, torch.bfloat16)
+# What the op takes as it is; most often nothing is there but these.
+_NUMBERS, _BOOLS = {float, int}, {True, False}
 
 # The op's kernel for meta tensors checks its arguments and does nothing else.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
@@ -53,15 +57,29 @@ class OpCall:
         """What was added since the group before is this one's, which is param_groups[index]."""
         self.group_ends.append(len(self.params))
         self.group_indices.append(index)
-        self.hyperparameters.append(_get_hyperparameters(group))
+        # torch.compile does not look into an itemgetter.
+        compiling = torch.compiler.is_compiling()
+        values = tuple(group[name] for name in HYPERPARAMETERS) if compiling else _get_hyperparameters(group)
+        self.hyperparameters.append(values)
+
+    def group_sizes(self) -> list[int]:
+        return [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)]
+
+    def masters(self):
+        """Pairs of a parameter that has a master and the master."""
+        masters = iter(self.master_params)
+        begins = [0, *self.group_ends]
+        for begin, end, values in zip(begins, self.group_ends, self.hyperparameters):
+            if values[-1]:  # master_weights
+                yield from ((p, next(masters)) for p in self.params[begin:end] if p.dtype in HALF)
 
     def run(self, grad_scale, found_inf, trust_ratios, workspace, check_only=False) -> None:
         device = self.device
-        values = dict(zip(HYPERPARAMETERS, map(list, zip(*self.hyperparameters))))
+        values = hyperparameter_lists(self.hyperparameters)
         overload = "default"
-        if any(isinstance(lr, Tensor) for lr in values["lr"]):
-            overload = "tensor_lr"
-            values["lr"] = [_lr_tensor(lr, device) for lr in values["lr"]]
+        # A trace takes a number of a list for a constant, and a tensor for an input.
+        if torch.compiler.is_compiling() or not _NUMBERS.issuperset(map(type, values["lr"])):
+            overload = self._prepare_lr(values)
         if check_only:
             op = partial(getattr(torch.ops.fused_lars.step_, overload).redispatch, _META)
         else:
@@ -72,7 +90,7 @@ class OpCall:
         with torch.set_grad_enabled(self.differentiable):
             op(
                 *(self.local or self.lists),
-                [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)],
+                self.group_sizes(),
                 **values,
                 squared_norms=self.squared_norms,
                 grad_scale=on_device(grad_scale, device),
@@ -81,10 +99,33 @@ class OpCall:
                 workspace=workspace,
             )
 
-    def in_words_of_param_groups(self, message: str) -> str:
-        """An op's error, whose groups are those of the call, with the places in param_groups."""
-        message = re.sub(r"(?<=in group )\d+", lambda m: str(self.group_indices[int(m[0])]), message)
-        return re.sub(r"\blr\[(\d+)\]", lambda m: f"lr of group {self.group_indices[int(m[1])]}", message)
+    def _prepare_lr(self, values) -> str:
+        """Learning rates of other types, as the op takes them; returns the overload that does."""
+        for index, lr in enumerate(values["lr"]):
+            if isinstance(lr, Tensor):
+                # The fused kernels check what the host reads; the reference does not read.
+                if self.reference and host_reads(lr):
+                    check_hyperparameters(lr.item(), group=index)
+            else:
+                check_number("lr", lr, index)
+        if not (torch.compiler.is_compiling() or any(isinstance(lr, Tensor) for lr in values["lr"])):
+            return "default"
+        values["lr"] = [_lr_tensor(lr, self.device) for lr in values["lr"]]
+        return "tensor_lr"
+
+    def in_words_of_param_groups(self, message: str, param_groups, state) -> str:
+        """An op's error, which knows places in this call, with the groups and the parameter that it means."""
+        text = re.sub(r"(?<=in group )\d+", lambda m: str(self.group_indices[int(m[0])]), message)
+        text = re.sub(r"\blr\[(\d+)\]", lambda m: f"lr of group {self.group_indices[int(m[1])]}", text)
+        found = re.match(r"(\w+)\[(\d+)\]", message)
+        if not found or not isinstance(getattr(self, found[1], None), list):
+            return text
+        tensor = getattr(self, found[1])[int(found[2])]
+        for group_index, group in enumerate(param_groups):
+            for index, p in enumerate(group["params"]):
+                if any(tensor is t for t in (p, p.grad, *state.get(p, {}).values())):
+                    return f"{text} ({parameter_name(group, group_index, index)})"
+        return text
 
 
 class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
@@ -131,10 +172,38 @@ class Workspaces(dict[torch.device, Workspace]):
         return workspace
 
 
-def way_to_compute(group) -> tuple[bool, bool]:
-    """Whether a group is stepped by ordinary operators, and whether autograd follows."""
-    differentiable = bool(group["differentiable"])
-    return bool(differentiable or group["foreach"] or group["fused"] is False), differentiable
+def way_to_compute(group, group_index: int, device: torch.device) -> tuple[bool, bool]:
+    """Whether a group is stepped by ordinary operators, and whether autograd follows.
+
+    Raises:
+        RuntimeError: a parameter with fused=True and a gradient is on a device without fused kernels.
+    """
+    if group["fused"] and device.type not in FUSED_DEVICES:
+        for index, p in enumerate(group["params"]):
+            if p.grad is not None and p.device.type == device.type:
+                raise RuntimeError(no_fused_kernels(parameter_name(group, group_index, index), device))
+    return uses_ordinary_operators(group), bool(group["differentiable"])
+
+
+def uses_ordinary_operators(group) -> bool:
+    return bool(group["differentiable"] or group["foreach"] or group["fused"] is False)
+
+
+def hyperparameter_lists(of_groups: list[tuple]) -> dict[str, list]:
+    """The op's lists of hyperparameters by name, from those of each group in the order of HYPERPARAMETERS."""
+    values = dict(zip(HYPERPARAMETERS, map(list, zip(*of_groups))))
+    if not _BOOLS.issuperset(values["layer_adaptation"]):
+        _resolve_adaptation(values)
+    return values
+
+
+def _resolve_adaptation(values) -> None:
+    """layer_adaptation="decayed": where nothing is decayed the step is plain, without a clip too."""
+    for index, adaptation in enumerate(values["layer_adaptation"]):
+        check_adaptation(adaptation, index)
+        if adaptation == "decayed":
+            values["layer_adaptation"][index] = is_decayed = bool(values["weight_decay"][index] > 0)
+            values["trust_clip"][index] = values["trust_clip"][index] and is_decayed
 
 
 def parameter_name(group, group_index: int, index: int) -> str:

@@ -1,19 +1,22 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
-import re
 import sys
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .checks import check_group, check_params, check_state
-from .op_call import HALF, OpCalls, TrustRatios, Workspaces, parameter_name, way_to_compute
+from .checks import HALF, check_group, check_params
+from .masters import WrittenParams, take_over
+from .op_call import OpCalls, TrustRatios, Workspaces, uses_ordinary_operators, way_to_compute
+from .prepared_step import PreparedStep
+from .replaced import SeenParams
+from .state_dict import check_state_dict, implementations, restore
 
 __all__ = ["LARS"]
 
-# How this process computes a step. A checkpoint of another process does not change it.
-_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+_SCRATCH = ("_trust_ratios", "_captured_trust_ratios", "_workspaces", "_written_params")
 
 
 class LARS(Optimizer):
@@ -40,7 +43,8 @@ class LARS(Optimizer):
     other one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
 
     Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in
-    fp32. Every argument below except ``params`` can be overridden in a parameter group.
+    fp32. Every argument below except ``params`` can be overridden in a parameter group. Those after
+    ``momentum`` are keywords, since other optimizers have them in other orders.
 
     Args:
         params (iterable): parameters, named parameters, or dicts of parameter groups; see
@@ -57,24 +61,30 @@ class LARS(Optimizer):
         nesterov (bool): Nesterov momentum; needs a momentum and no dampening. Default: False.
         maximize (bool): maximize the objective: the gradient is negated first. Default: False.
         trust_clip (bool): use ``min(q / lr, 1)`` for q, as LARC does. Default: False.
-        layer_adaptation (bool): False sets q to 1: momentum SGD, meant for bias and normalisation parameters.
-            Default: True.
+        layer_adaptation (bool or "decayed"): False sets q to 1: momentum SGD, meant for bias and
+            normalisation parameters. "decayed" is True where weight_decay > 0; elsewhere it is False and
+            switches trust_clip off too, for groups that know only weight_decay. Default: True.
         classic_momentum (bool): the momentum convention, see above. Default: True.
         master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or
-            bf16 parameter; the update is applied to the copy and rounded to the parameter. Values that are
-            written into the parameter later do not reach the copy: load weights before the first step, or
-            together with the optimizer's state. Default: False.
+            bf16 parameter; the update is applied to the copy and rounded to the parameter. What is written
+            into the parameter between steps (a clamp, loaded weights) replaces the copy's elements that no
+            longer round to it. ``param.data.copy_(...)`` and other writes through ``.data`` are not noticed:
+            write under ``torch.no_grad()``. Default: False.
         foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
         capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
         differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
         fused (bool, optional): None takes the fused kernels where the device has them and ordinary operators
-            elsewhere; True makes a parameter without a fused kernel an error; False never takes them.
+            elsewhere; True makes a parameter without a fused kernel an error; False never takes them. True
+            also leaves it to the kernels to divide by a ``GradScaler``'s scale and to skip after an overflow:
+            nothing waits for the device, gradients stay scaled, and they may be fp16. Otherwise
+            the scaler does both before :meth:`step`, as with torch's own optimizers, so that clipping and
+            frameworks that ask whether a step was skipped work. Default: None.
 
     Raises:
         ValueError: a value out of range, options that exclude each other, an empty parameter list, or, in
             :meth:`step`, tensors that do not fit together. Nothing has changed then.
-        RuntimeError: ``fused=True`` for a parameter that has no fused kernel, or together with ``foreach`` or
-            ``differentiable``.
+        RuntimeError: ``fused=True`` for a parameter that has no fused kernel (on meta: in :meth:`step`, since
+            it is made real before), or together with ``foreach`` or ``differentiable``.
 
     State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
     ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A loaded
@@ -91,9 +101,6 @@ class LARS(Optimizer):
     .. _Large Batch Training of Convolutional Networks: https://arxiv.org/abs/1708.03888
     """
 
-    # GradScaler leaves the unscaling and the skipping to step(): the kernels do both.
-    _step_supports_amp_scaling = True
-
     # Its name in older versions of torch.
     if not hasattr(Optimizer, "_accelerator_graph_capture_health_check"):
         _accelerator_graph_capture_health_check = Optimizer._cuda_graph_capture_health_check
@@ -103,15 +110,15 @@ class LARS(Optimizer):
         params,
         lr: float | Tensor = 1.0,
         momentum: float = 0.0,
+        *,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
-        *,
         eps: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
         trust_clip: bool = False,
-        layer_adaptation: bool = True,
+        layer_adaptation: bool | Literal["decayed"] = True,
         classic_momentum: bool = True,
         master_weights: bool = False,
         foreach: bool | None = None,
@@ -140,24 +147,44 @@ class LARS(Optimizer):
         check_group(defaults)
         self._make_scratch()
         self._sharding = None
+        self._seen_params = SeenParams()
         super().__init__(params, defaults)
+        self._choose_amp_scaling()
 
     def __setstate__(self, state) -> None:
+        # The base class loads a state by this too, and a copy has nothing yet.
+        groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
         self._make_scratch()
         # Groups of a checkpoint that an older version wrote.
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._sharding = None
+        if "_step_supports_amp_scaling" not in self.__dict__:
+            self._choose_amp_scaling()
+        self._sharding = getattr(self, "_sharding", None)
+        self._seen_params = seen.of_same_groups(groups, self.param_groups)
         for index in range(len(self.param_groups)):
-            self._prepare_sharding(index)
+            self._look_at_params(index)
+
+    def __copy__(self):
+        """A shallow copy: it shares parameters, state and groups, and what :meth:`trust_ratios` reads."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        twin.__dict__.update({name: self.__dict__[name] for name in _SCRATCH})
+        return twin
+
+    def _choose_amp_scaling(self) -> None:
+        # Read by GradScaler, and by frameworks that clip gradients, as it is of torch's fused optimizers.
+        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
     def _make_scratch(self) -> None:
-        """What calls write and no state_dict holds, by the keys of OpCalls."""
-        self._trust_ratios: dict[tuple, TrustRatios] = {}  # of the last step
+        """What steps write and no state_dict holds: _SCRATCH."""
+        self._trust_ratios: dict[tuple, TrustRatios] = {}  # of the last step, by the keys of OpCalls
         self._captured_trust_ratios: list[TrustRatios] = []  # that graphs go on to write
         self._workspaces = Workspaces()
+        self._written_params = WrittenParams()
+        self._prepared: PreparedStep | None = None
 
     def add_param_group(self, param_group) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
@@ -174,15 +201,28 @@ class LARS(Optimizer):
             check_params(params, fused=group["fused"])
         super().add_param_group(param_group)
         try:
-            self._prepare_sharding(len(self.param_groups) - 1)
+            self._look_at_params(len(self.param_groups) - 1)
         except ValueError:
             del self.param_groups[-1]
             raise
+        if not self.param_groups[-1]["fused"]:
+            self._step_supports_amp_scaling = False
 
-    def _prepare_sharding(self, index) -> None:
+    def _look_at_params(self, index) -> None:
+        """Looks at a group's parameters, which are new or others than before."""
+        self._seen_params.look(self.param_groups[index], index)
         sharding = _sharding_module()
         if sharding and sharding.has_dtensors(self.param_groups[index], index) and self._sharding is None:
             self._sharding = sharding.Sharding()
+
+    def _look_at_replaced_params(self) -> None:
+        for index in self._seen_params.replaced(self.param_groups):
+            self._look_at_params(index)
+
+    def _is_traceable(self) -> bool:
+        if self._sharding is not None or not all(map(uses_ordinary_operators, self.param_groups)):
+            return False
+        return not any(hasattr(p, "_local_tensor") for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict) -> None:
         """Loads a state of LARS, in torch's format.
@@ -194,65 +234,25 @@ class LARS(Optimizer):
             ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed
                 then.
         """
-        implementations = [{name: group[name] for name in _IMPLEMENTATION} for group in self.param_groups]
-        loaded = {}
+        loaded, own = {}, implementations(self.param_groups)
 
         # Hooks, so that hooks of users before and after see what they would see without ours.
-        def check(_, state_dict) -> None:
+        def before(_, state_dict) -> None:
             loaded.update(state_dict)
-            self._check_state_dict(state_dict)
+            check_state_dict(state_dict, self.defaults, self.param_groups, _sharding_module())
 
-        def restore(_) -> None:
-            for group, implementation in zip(self.param_groups, implementations):
-                group.update(implementation)
-            # The base class has cast floating-point state to the parameter's dtype.
-            for saved_id, param in self._saved_ids(loaded):
-                for key, value in loaded["state"].get(saved_id, {}).items():
-                    if isinstance(value, Tensor):
-                        exact = key == "step" or (value.dtype == torch.float32 and param.dtype in HALF)
-                        self.state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
+        def after(_) -> None:
+            restore(loaded, own, self.param_groups, self.state)
 
         handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _saved_ids(self, state_dict):
-        """Pairs of a parameter's id in a state_dict and the parameter."""
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        return zip(saved, (p for group in self.param_groups for p in group["params"]))
-
-    def _check_state_dict(self, state_dict) -> None:
-        missing = {"state", "param_groups"} - set(state_dict)
-        if missing:
-            raise ValueError(
-                f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}"
-            )
-        for index, group in enumerate(state_dict["param_groups"]):
-            if "trust_coefficient" not in group:
-                raise ValueError(
-                    f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
-                    f"only {sorted(k for k in group if k != 'params')}"
-                )
-            check_group({**self.defaults, **group, **dict.fromkeys(_IMPLEMENTATION)})
-        saved, own = (
-            [len(group["params"]) for group in groups]
-            for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        if saved != own:
-            return  # the base class has the error
-        sharding = _sharding_module()
-        for saved_id, param in self._saved_ids(state_dict):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if key in ("momentum_buffer", "master_param", "step"):
-                    check_state(saved_id, key, value, param)
-                    if sharding and key != "step":
-                        sharding.check_state(saved_id, key, value, param)
 
     def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
@@ -270,23 +270,26 @@ class LARS(Optimizer):
             state = self.state[p]
             has_master = master_weights and p.dtype in HALF
             if has_master:
-                if "master_param" not in state:
-                    state["master_param"] = p.detach().to(torch.float32)
-                master_params.append(state["master_param"])
+                master = state.get("master_param")
+                if master is None:
+                    weight = p if group["differentiable"] else p.detach()
+                    master = state["master_param"] = weight.to(torch.float32)
+                master_params.append(master)
             if not has_momentum:
                 continue
-            had_buffer = "momentum_buffer" in state
+            buffer = state.get("momentum_buffer")
+            had_buffer = buffer is not None
             if not had_buffer:
                 # Zeros, so that a first step that AMP skips leaves a valid buffer.
                 dtype = torch.float32 if has_master else p.dtype
-                state["momentum_buffer"] = torch.zeros_like(
+                buffer = state["momentum_buffer"] = torch.zeros_like(
                     p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 )
-            elif has_master and state["momentum_buffer"].dtype in HALF:
-                state["momentum_buffer"] = state["momentum_buffer"].to(torch.float32)
-            momentum_buffers.append(state["momentum_buffer"])
+            elif has_master and buffer.dtype in HALF:
+                buffer = state["momentum_buffer"] = buffer.to(torch.float32)
+            momentum_buffers.append(buffer)
             if has_step:
-                if "step" not in state:
+                if state.get("step") is None:
                     # A buffer that was there before dampening was has seen its first update.
                     state["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
@@ -305,7 +308,12 @@ class LARS(Optimizer):
 
         Raises:
             ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse
-                layout). Nothing has changed then.
+                layout), or an option of a group is no longer allowed; a framework has put flat tensors in the
+                place of parameters; or the ranks that share ``DTensor`` parameters do not step them alike.
+            RuntimeError: ``fused=True`` and a parameter on a device without fused kernels; or another rank
+                that shares parameters has an error.
+                Nothing has changed then, on all ranks that share parameters. Where these are on an
+                accelerator, the step changes nothing and it is the next one that raises what other ranks see.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -313,60 +321,104 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
+        arguments = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling() and self._is_traceable():
+            self._traced_step(*arguments)
+        else:
+            self._step(*arguments)
+        return loss
+
+    def _traced_step(self, grad_scale, found_inf) -> None:
+        """A step of ordinary operators, which torch.compile fuses."""
+        for call in self._calls().values():
+            if not call.params:
+                continue
+            # A trace keeps nothing from one step to the next: all values of masters are compared.
+            with torch.set_grad_enabled(call.differentiable):
+                for param, master in call.masters():
+                    take_over(param, master)
+            call.run(grad_scale, found_inf, None, None)
+
+    # One op has nothing to be fused with. A trace of it would check every parameter in every step, and would
+    # be made anew for every value of an option.
+    @torch._disable_dynamo
+    def _step(self, grad_scale, found_inf) -> None:
+        if self._run_prepared(grad_scale, found_inf):
+            return
+        self._look_at_replaced_params()
         calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
         calls = {key: call for key, call in calls.items() if call.params}
-        if torch.compiler.is_compiling():
-            # Scratch is no part of a traced program: there the op makes its own.
-            for call in calls.values():
-                call.run(grad_scale, found_inf, None, None)
-            return loss
-        self._trust_ratios = {key: self._trust_ratios_of(key, call.params) for key, call in calls.items()}
+        has_masters = any(call.master_params for call in calls.values())
+        if has_masters and self._sharding is None:
+            self._written_params.before_step(self.param_groups, self.state)
+        trust_ratios = {key: self._trust_ratios_of(key, call.params) for key, call in calls.items()}
+        is_repeated = trust_ratios == self._trust_ratios  # the calls have the parameters of the last step
+        # In place, for wrappers that hold what this optimizer once held.
+        self._trust_ratios.clear()
+        self._trust_ratios.update(trust_ratios)
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 workspace = self._workspaces[call.device]
-                try:
-                    call.run(
-                        grad_scale, found_inf, self._trust_ratios[key].tensor, workspace.tensor, check_only
-                    )
-                except ValueError as error:
-                    whose = self._whose(call, str(error))
-                    raise ValueError(call.in_words_of_param_groups(str(error)) + whose) from None
+                ratios = trust_ratios[key].tensor
+                self._run(call, grad_scale, found_inf, ratios, workspace.tensor, check_only=check_only)
                 workspace.after_use()
         if self._sharding is not None:
             self._sharding.bump_versions()
-        return loss
+        if has_masters:
+            self._written_params.after_step()
+        if is_repeated:
+            self._prepared = PreparedStep.of(
+                calls, self.param_groups, self.state, self._trust_ratios, self._workspaces
+            )
+
+    def _run_prepared(self, grad_scale, found_inf) -> bool:
+        """Makes the step of the last time again, if it is still the right one."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or not prepared.fits(self.param_groups, self.state):
+            return False
+        if prepared.has_masters:
+            self._written_params.before_step(self.param_groups, self.state)
+        if not prepared.run(grad_scale, found_inf):
+            return False
+        if prepared.has_masters:
+            self._written_params.after_step()
+        self._prepared = prepared
+        return True
+
+    def _run(self, call, *arguments, check_only=False) -> None:
+        """Makes an op call; what the op refuses is said with the places in param_groups."""
+        try:
+            call.run(*arguments, check_only)
+        except ValueError as error:
+            text = call.in_words_of_param_groups(str(error), self.param_groups, self.state)
+            raise ValueError(text) from None
+        except (RuntimeError, TypeError):
+            # What the op's schema refuses has a better text here.
+            for index in call.group_indices:
+                check_group(self.param_groups[index], index)
+            raise
 
     def _calls(self) -> OpCalls:
         calls = OpCalls()
         for index, group in enumerate(self.param_groups):
-            way, params = way_to_compute(group), group["params"]
-            if len(params) == 1 or len({p.device for p in params}) == 1:
-                call = calls[(params[0].device, *way)]
+            params = group["params"]
+            # Most groups have one device; some optimizers have hundreds of groups of one parameter.
+            devices = {p.device for p in params} if len(params) != 1 else (params[0].device,)
+            if len(devices) == 1:
+                (device,) = devices
+                call = calls[(device, *way_to_compute(group, index, device))]
                 self._init_group(group, *call.lists)
                 call.end_group(group, index)
                 continue
+            ways = {device: way_to_compute(group, index, device) for device in devices}
             lists = ([], [], [], [], [])
             self._init_group(group, *lists)
             for device in dict.fromkeys(p.device for p in lists[0]):
-                call = calls[(device, *way)]
+                call = calls[(device, *ways[device])]
                 call.add_lists([[t for t in tensors if t.device == device] for tensors in lists])
                 call.end_group(group, index)
         return calls
-
-    def _whose(self, call, message) -> str:
-        """Names the parameter that an op's message is about; the op knows its place in a list of the call."""
-        found = re.match(r"(\w+)\[(\d+)\]", message)
-        if not found or not isinstance(getattr(call, found[1], None), list):
-            return ""
-        tensor = getattr(call, found[1])[int(found[2])]
-        for group_index, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                if any(tensor is t for t in (p, p.grad, *self.state.get(p, {}).values())):
-                    return f" ({parameter_name(group, group_index, index)})"
-        return ""
 
     def _trust_ratios_of(self, key, params) -> TrustRatios:
         device, ids = key[0], [*map(id, params)]
@@ -385,7 +437,8 @@ class LARS(Optimizer):
             A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has
             no fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
             ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
-            1: look for NaN in gradients, not here. Steps that ran under ``torch.compile`` are not recorded.
+            1: look for NaN in gradients, not here. Steps of ordinary operators that ran under
+            ``torch.compile`` are not recorded.
         """
         result: dict[Tensor, Tensor] = {}
         for ratios in self._trust_ratios.values():

@@ -1,0 +1,83 @@
+// torch.classes.fused_lars.PreparedStep: the arguments of a step_ call, kept from one step to the next.
+//
+// Between two steps of a training run only gradients and a few numbers change. To hand the op the other
+// tensors from Python again costs the host more than all of its checks. Python decides whether they are
+// still the same tensors; the op checks them in every step as it always does.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+namespace fused_lars {
+namespace {
+
+using Tensors = c10::List<at::Tensor>;
+using Numbers = c10::List<double>;
+using Switches = c10::List<bool>;
+using OptionalTensor = std::optional<at::Tensor>;
+
+class PreparedStep final : public torch::CustomClassHolder {
+ public:
+  // `without_grad` are the parameters that the step leaves alone because they have no gradient.
+  PreparedStep(Tensors params, Tensors momentum_buffers, Tensors master_params, Tensors steps,
+               std::vector<at::Tensor> without_grad, c10::List<int64_t> group_sizes)
+      : params_(params.vec()),
+        without_grad_(std::move(without_grad)),
+        before_grads_{std::move(params)},
+        after_grads_{std::move(momentum_buffers), std::move(master_params), std::move(steps),
+                     std::move(group_sizes)} {}
+
+  // In the order of the op's schema, an entry for each group.
+  void set_hyperparameters(Numbers lr, Numbers momentum, Numbers weight_decay, Numbers trust_coefficient,
+                           Numbers eps, Numbers dampening, Switches nesterov, Switches maximize,
+                           Switches trust_clip, Switches layer_adaptation, Switches classic_momentum,
+                           Switches master_weights) {
+    hyperparameters_ = {lr,         momentum,         weight_decay,     trust_coefficient,
+                        eps,        dampening,        nesterov,         maximize,
+                        trust_clip, layer_adaptation, classic_momentum, master_weights};
+  }
+
+  // One step with each parameter's own .grad. Returns false, and has done nothing, where not exactly the
+  // parameters of the call have one: then other arguments must be prepared.
+  bool run(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+           const OptionalTensor& trust_ratios, const OptionalTensor& workspace) const {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
+    for (const auto& param : without_grad_) {
+      if (param.grad().defined()) return false;
+    }
+    Tensors grads;
+    grads.reserve(params_.size());
+    for (const auto& param : params_) {
+      const auto& grad = param.grad();
+      if (!grad.defined()) return false;
+      grads.push_back(grad);
+    }
+    // As a stack, since the lists of tensors are in the form that a stack has.
+    torch::jit::Stack stack(before_grads_);
+    stack.reserve(op.schema().arguments().size());
+    stack.emplace_back(std::move(grads));
+    stack.insert(stack.end(), after_grads_.begin(), after_grads_.end());
+    stack.insert(stack.end(), hyperparameters_.begin(), hyperparameters_.end());
+    stack.emplace_back();  // squared_norms
+    for (const auto* scalar : {&grad_scale, &found_inf, &trust_ratios, &workspace})
+      stack.emplace_back(*scalar);
+    op.callBoxed(stack);
+    return true;
+  }
+
+ private:
+  std::vector<at::Tensor> params_, without_grad_;
+  // Arguments of the op in the order of its schema.
+  torch::jit::Stack before_grads_, after_grads_, hyperparameters_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
+  library.class_<PreparedStep>("PreparedStep")
+      .def(torch::init<Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>, c10::List<int64_t>>())
+      .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
+      .def("run", &PreparedStep::run);
+}
+
+}  // namespace fused_lars

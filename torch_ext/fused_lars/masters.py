@@ -1,0 +1,91 @@
+"""fp32 masters: they take over what was written into their parameters since the step before."""
+
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from .checks import HALF
+
+
+def take_over(param: Tensor, master: Tensor) -> None:
+    """Gives `master` the elements of `param` that it does not round to; the others keep their low bits."""
+    # As bits, since Inductor leaves out a rounding whose result is only compared as a value.
+    param_bits, rounded_bits = (t.detach().view(torch.int16) for t in (param, master.to(param.dtype)))
+    master.copy_(torch.where(param_bits != rounded_bits, param, master))
+
+
+class WrittenParams:
+    """Finds the parameters with a master that were written since the last step, most often none.
+
+    A write raises a tensor's version counter, and ``param.data = ...`` changes its address. Where these are
+    not known, after a load or a copy for one, values are compared; what is kept here only saves that. A write
+    through ``param.data``, such as ``param.data.copy_(...)``, changes neither and is not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._has_dtensors = False
+        self._versions: list = []
+        self._addresses: list = []
+
+    def before_step(self, param_groups, state) -> None:
+        """Lets the masters in `state` take over what was written."""
+        groups = [group for group in param_groups if group["master_weights"]]
+        params: list[Tensor] = []
+        for group in groups:
+            params += group["params"]
+        known = len(params) == len(self._params) and all(map(is_, params, self._params))
+        if not known:
+            self._params = params
+            self._has_dtensors = any(hasattr(p, "_local_tensor") for p in params)
+        before = self._versions, self._addresses
+        self._versions, self._addresses = after = self._get_versions(), self._get_addresses()
+        # A captured graph and a traced program run without this, so they compare values every time.
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if is_captured or torch._C._len_torch_dispatch_stack() > 0:
+            known = False
+        if known and before == after:
+            return
+        unwritten = set()
+        if known:
+            marks = zip(params, *before, *after)
+            unwritten = {id(p) for p, *old, version, address in marks if old == [version, address]}
+        for group in groups:
+            with torch.set_grad_enabled(bool(group["differentiable"])):
+                for p in group["params"]:
+                    if p in state and id(p) not in unwritten:
+                        _take_over_if_it_fits(p, state[p].get("master_param"))
+
+    def after_step(self) -> None:
+        """What is written from now on was written by others."""
+        self._versions = self._get_versions()
+
+    def _get_versions(self) -> list:
+        try:
+            if self._has_dtensors:  # which count apart from what they hold
+                return [p._version + _local(p)._version for p in self._params]
+            return [p._version for p in self._params]
+        except RuntimeError:  # a tensor of inference mode has none
+            return [object() for _ in self._params]  # which equal no other
+
+    def _get_addresses(self) -> list:
+        try:
+            return [*map(Tensor.data_ptr, map(_local, self._params) if self._has_dtensors else self._params)]
+        except RuntimeError:  # a fake tensor has none
+            return [object() for _ in self._params]
+
+
+def _take_over_if_it_fits(param: Tensor, master: Tensor | None) -> None:
+    # What does not fit is for the op to refuse.
+    if (
+        master is not None
+        and param.dtype in HALF
+        and (param.shape, param.device) == (master.shape, master.device)
+    ):
+        take_over(_local(param), _local(master))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor that this process holds of a DTensor."""
+    return getattr(tensor, "_local_tensor", tensor)

@@ -1,0 +1,119 @@
+"""A step whose arguments stay in C++ from one step to the next, for as long as they are the same tensors."""
+
+from operator import is_, itemgetter
+
+import torch
+from torch import Tensor
+
+from .checks import HYPERPARAMETERS
+from .op_call import OpCall, hyperparameter_lists, on_device
+
+_get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
+_MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
+_MASTERS = HYPERPARAMETERS.index("master_weights")
+_STATE = ("momentum_buffer", "master_param", "step")
+
+
+class PreparedStep:
+    """The only op call of a step, ready to be made again.
+
+    To hand an op all tensors takes the host longer than the op's checks. This hands over what can change from
+    step to step: options, where they did, and gradients, which C++ reads off the parameters. Whether
+    parameters and state are still the same is seen by identity. Whatever else changed in them, the op checks.
+    """
+
+    def __init__(self, call: OpCall, param_groups, state, trust_ratios: Tensor, workspace) -> None:
+        self._device, self._trust_ratios, self._workspace = call.device, trust_ratios, workspace
+        self._params = [[*group["params"]] for group in param_groups]
+        self._options: list[tuple] = []
+        self._kept = [*map(_needs, map(_get_options, param_groups))]
+        self._state_params = [*state]
+        keys = [key for key in _STATE if any(key in values for values in state.values())]
+        self._state = [(get, [*map(get, state.values())]) for get in map(itemgetter, keys)]
+        self.has_masters = bool(call.master_params)
+        called = {*map(id, call.params)}
+        self._call = torch.classes.fused_lars.PreparedStep(
+            call.params,
+            call.momentum_buffers,
+            call.master_params,
+            call.steps,
+            [p for params in self._params for p in params if id(p) not in called],
+            call.group_sizes(),
+        )
+        self._run = self._call.run
+
+    @classmethod
+    def of(cls, calls, param_groups, state, trust_ratios, workspaces) -> "PreparedStep | None":
+        """The step that `calls` were. None where it cannot be prepared: several calls, ordinary operators, lr
+        as a tensor, DTensors.
+        """
+        if len(calls) != 1:
+            return None
+        ((key, call),) = calls.items()
+        if call.reference or call.local is not None or len(call.group_indices) != len(param_groups):
+            return None
+        if any(isinstance(group["lr"], Tensor) for group in param_groups):
+            return None
+        try:
+            return cls(call, param_groups, state, trust_ratios[key].tensor, workspaces[call.device])
+        except KeyError:
+            return None  # parameters that keep different kinds of state
+
+    def fits(self, param_groups, state) -> bool:
+        """Whether a step of these groups is this call, but for the gradients."""
+        if not self._has_params(param_groups) or not self._has_state(state):
+            return False
+        # A captured graph keeps what it writes.
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        options = [*map(_get_options, param_groups)]
+        return options == self._options or self._hand_over(options)
+
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Makes the step. Returns False, and has done nothing, if it does not fit or is refused.
+
+        The step that is gathered anew then finds out why.
+        """
+        try:
+            done = self._run(
+                on_device(grad_scale, self._device),
+                on_device(found_inf, self._device),
+                self._trust_ratios,
+                self._workspace.tensor,
+            )
+        except ValueError:
+            return False
+        self._workspace.after_use()
+        return done
+
+    def _has_params(self, param_groups) -> bool:
+        if len(param_groups) != len(self._params):
+            return False
+        return all(
+            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, params in zip(param_groups, self._params)
+        )
+
+    def _has_state(self, state) -> bool:
+        if len(state) != len(self._state_params) or not all(map(is_, state, self._state_params)):
+            return False
+        try:
+            return all(all(map(is_, map(get, state.values()), tensors)) for get, tensors in self._state)
+        except KeyError:
+            return False
+
+    def _hand_over(self, options: list[tuple]) -> bool:
+        if any(isinstance(lr, Tensor) for lr, *_ in options) or [*map(_needs, options)] != self._kept:
+            return False
+        try:
+            values = hyperparameter_lists([o[: len(HYPERPARAMETERS)] for o in options])
+            self._call.set_hyperparameters(*values.values())
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        self._options = options
+        return True
+
+
+def _needs(options: tuple) -> tuple:
+    """What decides which tensors a group's call has, and how it is computed."""
+    return (bool(options[_MOMENTUM]), bool(options[_DAMPENING]), *options[_MASTERS:])

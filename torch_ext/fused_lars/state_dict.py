@@ -1,0 +1,80 @@
+"""Loading of a state_dict: the checks before, and what the base class does not keep as it was saved."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from .checks import HALF, check_group
+
+# How a process computes a step. A checkpoint of another process does not change it.
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+
+_STATE = ("momentum_buffer", "master_param", "step")
+
+
+def implementations(param_groups) -> list[dict]:
+    return [{name: group[name] for name in _IMPLEMENTATION} for group in param_groups]
+
+
+def restore(state_dict, implementations, param_groups, state) -> None:
+    """Completes `state` and `param_groups`, which the base class has made from `state_dict`."""
+    for group, implementation in zip(param_groups, implementations):
+        group.update(implementation)
+    # The base class has cast floating-point state to the parameter's dtype.
+    for saved_id, param in _saved_ids(state_dict, param_groups):
+        for key, value in state_dict["state"].get(saved_id, {}).items():
+            if key in _STATE and value is None:
+                del state[param][key]
+            elif key == "step":
+                state[param][key] = torch.as_tensor(value).to(param.device, torch.float32)
+            elif isinstance(value, Tensor):
+                exact = value.dtype == torch.float32 and param.dtype in HALF
+                state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
+
+
+def check_state_dict(state_dict, defaults, param_groups, sharding) -> None:
+    """Checks a state_dict that is to be loaded into `param_groups`; `sharding` is sharding.py or None."""
+    missing = {"state", "param_groups"} - set(state_dict)
+    if missing:
+        raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if "trust_coefficient" not in group:
+            raise ValueError(
+                f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
+                f"only {sorted(k for k in group if k != 'params')}"
+            )
+        check_group({**defaults, **group, **dict.fromkeys(_IMPLEMENTATION)}, index)
+    saved, own = (
+        [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)
+    )
+    if saved != own:
+        return  # the base class has the error
+    for saved_id, param in _saved_ids(state_dict, param_groups):
+        for key, value in state_dict["state"].get(saved_id, {}).items():
+            # None stands for what is not there, as in older states of torch's SGD.
+            if key in _STATE and value is not None:
+                _check_state(saved_id, key, value, param)
+                if sharding and key != "step":
+                    sharding.check_state(saved_id, key, value, param)
+
+
+def _saved_ids(state_dict, param_groups):
+    """Pairs of a parameter's id in a state_dict and the parameter."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    return zip(saved, (p for group in param_groups for p in group["params"]))
+
+
+def _check_state(saved_id, key: str, value, param: Tensor) -> None:
+    where = f"{key} of parameter {saved_id} in the state_dict"
+    if key == "step" and isinstance(value, numbers.Real):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{where} is {value!r}; allowed: finite and >= 0")
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is {value!r}; expected a Tensor{' or a number' * (key == 'step')}")
+    shape = () if key == "step" else param.shape
+    if value.shape != shape:
+        of_what = "no dimensions" if key == "step" else f"the shape of the parameter, {tuple(shape)}"
+        raise ValueError(f"{where} has shape {tuple(value.shape)}; expected {of_what}")
