@@ -16,11 +16,14 @@ std::ostream& operator<<(std::ostream& out, const Name& name) {
 uintptr_t address_of(const at::Tensor& tensor) {
   const auto* impl = tensor.unsafeGetTensorImpl();
   // MPS keeps a handle in the place of an address.
-  if (!impl->has_storage() || impl->has_symbolic_sizes_strides() || tensor.device().is_mps()) return 0;
+  if (!impl->has_storage() || tensor.device().is_mps()) return 0;
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const auto base = reinterpret_cast<uintptr_t>(storage->_mutable_data_ptr_no_checks().get());
-  if (base == 0 || tensor.numel() == 0) return 0;
-  return base + tensor.storage_offset() * tensor.itemsize();
+  // Tensors that are traced have an address of something else, and sizes that are not known.
+  const auto numel = tensor.sym_numel().maybe_as_int();
+  const auto offset = tensor.sym_storage_offset().maybe_as_int();
+  if (base == 0 || !numel || *numel == 0 || !offset) return 0;
+  return base + *offset * tensor.itemsize();
 }
 
 namespace {

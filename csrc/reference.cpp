@@ -22,11 +22,11 @@ struct ScaledNorm {
 
 // norm_range.h's square_scale on tensors.
 template <typename T>
-at::Tensor square_scale(const at::Tensor& sum, int64_t count) {
+at::Tensor square_scale(const at::Tensor& sum, const c10::SymInt& count) {
   using Range = SquareRange<T>;
+  const at::Scalar least = static_cast<c10::SymFloat>(count) * c10::SymFloat(Range::kLeast);
   const auto scalar = [&](double value) { return at::full({}, value, sum.options()); };
-  const auto fits =
-      (sum >= static_cast<double>(count) * Range::kLeast).logical_and(sum < scalar(Range::kBeyond));
+  const auto fits = (sum >= least).logical_and(sum < scalar(Range::kBeyond));
   return at::where(fits, scalar(1.0),
                    at::where(sum < 1.0, scalar(Range::kScale), scalar(1.0 / Range::kScale)));
 }
@@ -38,8 +38,9 @@ ScaledNorm scaled_norm(const at::Tensor& tensor) {
   const bool squares_fit = dtype == at::kDouble ? !of_type(at::kDouble) : of_type(at::kHalf);
   if (squares_fit) return {x.square().sum(), {}};
   const auto sum = x.detach().square().sum();
+  const auto count = x.sym_numel();
   const auto scale =
-      dtype == at::kDouble ? square_scale<double>(sum, x.numel()) : square_scale<float>(sum, x.numel());
+      dtype == at::kDouble ? square_scale<double>(sum, count) : square_scale<float>(sum, count);
   return {(x * scale).square().sum(), scale};
 }
 

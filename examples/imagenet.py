@@ -282,12 +282,17 @@ class Log:
         self.writer.writerow([step, *(f"{value:.6g}" for value in values)])
 
 
+def autocast(device: torch.device):
+    """bf16 on a GPU; on a CPU fp32, since many have no fast convolution in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
 def accuracy(model: nn.Module, dataset, options, device: torch.device) -> float:
     own = range(dist.get_rank(), len(dataset), dist.get_world_size())
     loader = DataLoader(dataset, options.micro_batch, sampler=own, num_workers=options.workers)
     right = torch.zeros((), dtype=torch.int64, device=device)
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), autocast(device):
         for images, labels in loader:
             images = images.to(device, memory_format=torch.channels_last)
             right += (model(images).argmax(1) == labels.to(device)).sum()
@@ -307,7 +312,7 @@ def train_step(run: Run, loader, options, device: torch.device) -> torch.Tensor:
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
         with gradients_sent(run.model, sent=still_to_come == 0):
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device):
                 outputs = run.model(images)
             part = criterion(outputs.float(), labels) / options.batch_size
             # Of gradients the processes take the mean, where the mean over the batch is their sum.

@@ -109,7 +109,7 @@ def test_gradients_placed_otherwise():
     for own in (Shard(0), Shard(1), Replicate()):
         steps = []
         for grad in (own, Shard(0), Shard(1), Replicate(), Partial()):
-            param = nn.Parameter(distribute_tensor(values, mesh, [own]))
+            param = nn.Parameter(distribute_tensor(values.clone(), mesh, [own]))
             share = values / 2 if grad.is_partial() else values
             param.grad = (
                 DTensor.from_local(share, mesh, [grad])

@@ -164,8 +164,6 @@ class LARS(Optimizer):
             self._choose_amp_scaling()
         self._sharding = getattr(self, "_sharding", None)
         self._seen_params = seen.of_same_groups(groups, self.param_groups)
-        for index in range(len(self.param_groups)):
-            self._look_at_params(index)
 
     def __copy__(self):
         """A shallow copy: it shares parameters, state and groups, and what :meth:`trust_ratios` reads."""
