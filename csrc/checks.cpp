@@ -181,6 +181,7 @@ void for_each_tensor(const Step& step, F f) {
   f(Name{"grad_scale"}, step.grad_scale, false);
   f(Name{"found_inf"}, step.found_inf, false);
   f(Name{"trust_ratios"}, step.trust_ratios, true);
+  f(Name{"layer_norms"}, step.layer_norms, true);
   f(Name{"workspace"}, step.workspace, true);
 }
 
@@ -192,8 +193,8 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   check_count("grads", lists.grads.size(), params.size(), "parameter");
   check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
   check_group_sizes(lists.group_sizes, count);
-  const auto device = device_of(
-      params, {step.squared_norms, step.grad_scale, step.found_inf, step.trust_ratios, step.workspace});
+  const auto device = device_of(params, {step.squared_norms, step.grad_scale, step.found_inf,
+                                         step.trust_ratios, step.layer_norms, step.workspace});
 
   StateList momentum_buffers("momentum_buffers", lists.momentum_buffers,
                              "parameter of a group with momentum");
@@ -250,22 +251,26 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   }
   check_optional(step.squared_norms, "squared_norms", {count, 2}, norm_dtype(device), device);
   check_optional(step.trust_ratios, "trust_ratios", {count}, norm_dtype(device), device);
+  check_optional(step.layer_norms, "layer_norms", {count, 2}, norm_dtype(device), device);
   check_scalar(step.grad_scale, {"grad_scale"}, device);
   check_scalar(step.found_inf, {"found_inf"}, device);
   check_workspace(step.workspace, device);
 
   SharedMemoryCheck shared_memory(params.size() + lists.grads.size() + lists.momentum_buffers.size() +
                                   lists.master_params.size() + lists.steps.size() + step.lr_tensors.size() +
-                                  5);
+                                  6);
   for_each_tensor(step, [&](const Name& name, const at::Tensor& tensor, bool written) {
     shared_memory.add(name, tensor, written);
   });
   shared_memory.run();
 }
 
-void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
+void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
+                        NormCall& call) {
   check_count("grads", grads.size(), params.size(), "parameter");
-  const auto device = device_of(params, {workspace});
+  check_count("group_sizes", group_sizes.size(), call.groups.size(), "group");
+  check_group_sizes(group_sizes, static_cast<int64_t>(params.size()));
+  const auto device = device_of(params, {call.grad_scale, call.workspace});
   for (size_t i = 0; i < params.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
     check_defined(params[i], {"params", index});
@@ -276,7 +281,14 @@ void check_norm_arguments(at::TensorList params, at::TensorList grads, const at:
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
     check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);
   }
-  check_workspace(workspace, device);
+  check_scalar(call.grad_scale, {"grad_scale"}, device);
+  check_workspace(call.workspace, device);
+  call.params = params.vec();
+  call.grads = grads.vec();
+  call.group_of.reserve(params.size());
+  for (size_t group = 0; group < group_sizes.size(); ++group) {
+    call.group_of.insert(call.group_of.end(), group_sizes[group], static_cast<int64_t>(group));
+  }
 }
 
 void check_autograd_allows(const Step& step) {

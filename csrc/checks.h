@@ -17,8 +17,9 @@ struct StepLists {
 // optional tensors must be set.
 void check_and_assemble(const StepLists& lists, Step& step);
 
-// The same for the norms op.
-void check_norm_arguments(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+// The same for the norms op: fills params, grads and group_of; the rest of the call must be set.
+void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
+                        NormCall& call);
 
 // For a checked step that autograd follows: throws where autograd would refuse to write a tensor.
 void check_autograd_allows(const Step& step);

@@ -52,14 +52,13 @@ void run_dense(void (*backend)(const Step&), Step& step) {
   for (auto& [original, copy] : copy_back) original.copy_(copy);
 }
 
-at::Tensor run_dense(NormBackend backend, at::TensorList params, at::TensorList grads,
-                     const at::Tensor& workspace) {
-  std::vector<at::Tensor> dense_params, dense_grads;
-  dense_params.reserve(params.size());
-  dense_grads.reserve(grads.size());
-  for (const auto& param : params) dense_params.push_back(dense(param));
-  for (const auto& grad : grads) dense_grads.push_back(dense(grad));
-  return backend(dense_params, dense_grads, workspace);
+at::Tensor run_dense(NormBackend backend, NormCall& call) {
+  for (size_t i = 0; i < call.params.size(); ++i) {
+    auto &param = call.params[i], &grad = call.grads[i];
+    param = dense(param);
+    grad = call.groups[call.group_of[i]].decayed_norm ? as_layout(grad, param) : dense(grad);
+  }
+  return backend(call);
 }
 
 void fold_host_lr(Step& step) {

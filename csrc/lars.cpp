@@ -13,7 +13,7 @@
 namespace fused_lars {
 namespace {
 
-constexpr int64_t kStateVersion = 1;
+constexpr int64_t kStateVersion = 2;
 
 // The shortest text that reads back as the same double: 0.0005, not 0.00050000000000000001.
 std::string shortest(double value) {
@@ -56,6 +56,11 @@ Lars& Lars::with_weight_decay(double weight_decay) {
 
 Lars& Lars::with_trust_coefficient(double trust_coefficient) {
   set(&Hyperparameters::trust_coefficient, trust_coefficient);
+  return *this;
+}
+
+Lars& Lars::with_decayed_norm(bool decayed_norm) {
+  hyperparameters_.decayed_norm = decayed_norm;
   return *this;
 }
 
@@ -122,20 +127,24 @@ Lars::State Lars::state() const {
     buffers.push_back(buffer);
   }
   const auto& h = hyperparameters_;
-  return {kStateVersion, {h.lr, h.momentum, h.weight_decay, h.trust_coefficient}, ids, buffers};
+  return {kStateVersion,
+          {h.lr, h.momentum, h.weight_decay, h.trust_coefficient, h.decayed_norm ? 1.0 : 0.0},
+          ids,
+          buffers};
 }
 
 Lars Lars::from_state(const State& state) {
   const auto& [version, settings, ids, buffers] = state;
   FUSED_LARS_CHECK(version == kStateVersion, InvalidOption, "the stored Lars has format version ", version,
                    "; this library reads version ", kStateVersion);
-  FUSED_LARS_CHECK(settings.size() == 4 && ids.size() == buffers.size(), InvalidOption,
+  FUSED_LARS_CHECK(settings.size() == 5 && ids.size() == buffers.size(), InvalidOption,
                    "the stored Lars has ", settings.size(), " settings, ", ids.size(), " ids and ",
-                   buffers.size(), " momentum buffers; expected 4 settings and equally many ids and buffers");
+                   buffers.size(), " momentum buffers; expected 5 settings and equally many ids and buffers");
   auto lars = std::move(Lars(settings[0])
                             .with_momentum(settings[1])
                             .with_weight_decay(settings[2])
-                            .with_trust_coefficient(settings[3]));
+                            .with_trust_coefficient(settings[3])
+                            .with_decayed_norm(settings[4] != 0.0));
   // copy.deepcopy of a TorchScript object hands the state over as it is.
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -156,7 +165,8 @@ std::ostream& operator<<(std::ostream& out, const Lars& lars) {
   return out << "Lars(lr=" << shortest(h.lr) << ", momentum=" << shortest(h.momentum)
              << ", weight_decay=" << shortest(h.weight_decay)
              << ", trust_coefficient=" << shortest(h.trust_coefficient)
-             << ", states=" << lars.momentum_buffers_.size() << ')';
+             << (h.decayed_norm ? ", decayed_norm=True" : "") << ", states=" << lars.momentum_buffers_.size()
+             << ')';
 }
 
 }  // namespace fused_lars

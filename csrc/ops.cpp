@@ -3,6 +3,7 @@
 #include "fused_lars/ops.h"
 
 #include <type_traits>
+#include <utility>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -17,10 +18,26 @@
 namespace fused_lars {
 namespace {
 
+// Of a member of Hyperparameters.
+template <typename T>
+T type_of(T Hyperparameters::*);
+
+// "bool[] nesterov, bool[] maximize, ...": the hyperparameters that `take` chooses, as arguments of an op.
+// `suffix` makes them lists.
+template <typename Take>
+std::string arguments_of(const std::string& suffix, const Take& take) {
+  std::string arguments;
+  for_each_hyperparameter([&](const std::string& name, auto member) {
+    constexpr bool is_number = std::is_same_v<decltype(type_of(member)), double>;
+    if (take(name)) arguments += (is_number ? "float" : "bool") + suffix + ' ' + name + ", ";
+  });
+  return arguments;
+}
+
 // The step's arguments, for the op called `name`. Lists of hyperparameters have an entry for each group;
 // group_sizes[i] of the parameters, in order, belong to group i. What the state lists hold is said in
 // fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
-// need.
+// need. trust_ratios and layer_norms receive what the rule worked with.
 //
 // workspace is scratch of any size that a caller who keeps it spares the CUDA step an allocation and a
 // memset. It is zeros on entry and on return. Counters in it that are not zero make the CUDA step hang or do
@@ -31,18 +48,14 @@ std::string step_schema(const std::string& name, const std::string& lr) {
   return name +
          "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
          "Tensor(d!)[] steps, int[] group_sizes, *, " +
-         lr +
-         " lr, float[] momentum, float[] weight_decay, float[] trust_coefficient, float[] eps, float[] "
-         "dampening, bool[] nesterov, bool[] maximize, bool[] trust_clip, bool[] layer_adaptation, bool[] "
-         "classic_momentum, bool[] master_weights, Tensor? squared_norms=None, Tensor? grad_scale=None, "
-         "Tensor? found_inf=None, Tensor(e!)? trust_ratios=None, Tensor(f!)? workspace=None) -> ()";
+         lr + " lr, " + arguments_of("[]", [](const std::string& name) { return name != "lr"; }) +
+         "Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(e!)? "
+         "trust_ratios=None, Tensor(f!)? layer_norms=None, Tensor(g!)? workspace=None) -> ()";
 }
 
-// Its first arguments are lists of tensors.
-constexpr size_t kStepLists = 5;
-
-// A backend of the dispatcher: runs a checked step.
+// Backends of the dispatcher: they run a checked step, and a checked call for norms.
 using Backend = void (*)(Step&);
+using NormsOnlyBackend = at::Tensor (*)(NormCall&);
 
 void bump_versions(const Step& step) {
   const auto bump = [](const at::Tensor& tensor) {
@@ -55,6 +68,7 @@ void bump_versions(const Step& step) {
     bump(tensor.step);
   }
   bump(step.trust_ratios);
+  bump(step.layer_norms);
 }
 
 // The backends of step_ are opaque to autograd, which must not object when some tensors are written already.
@@ -80,114 +94,119 @@ void reference_backend(Step& step) {
   step_reference(step);
 }
 
-// The op itself, for a backend and for lr as numbers (at::ArrayRef<double>) or as tensors (at::TensorList).
-template <Backend backend, typename LearningRates>
-void step_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-             at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
-             LearningRates lr, at::ArrayRef<double> momentum, at::ArrayRef<double> weight_decay,
-             at::ArrayRef<double> trust_coefficient, at::ArrayRef<double> eps, at::ArrayRef<double> dampening,
-             const c10::List<bool>& nesterov, const c10::List<bool>& maximize,
-             const c10::List<bool>& trust_clip, const c10::List<bool>& layer_adaptation,
-             const c10::List<bool>& classic_momentum, const c10::List<bool>& master_weights,
-             const std::optional<at::Tensor>& squared_norms, const std::optional<at::Tensor>& grad_scale,
-             const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& trust_ratios,
-             const std::optional<at::Tensor>& workspace) {
-  constexpr bool lr_is_tensor = std::is_same_v<LearningRates, at::TensorList>;
-  Step step;
-  const size_t groups = group_sizes.size();
-  const auto has_group_entries = [groups](const char* name, size_t size) {
-    FUSED_LARS_CHECK(size == groups, InvalidOption, name, " has ", size, " entries; expected ", groups,
-                     ", one for each entry of group_sizes");
-  };
-  has_group_entries("lr", lr.size());
-  has_group_entries("momentum", momentum.size());
-  has_group_entries("weight_decay", weight_decay.size());
-  has_group_entries("trust_coefficient", trust_coefficient.size());
-  has_group_entries("eps", eps.size());
-  has_group_entries("dampening", dampening.size());
-  has_group_entries("nesterov", nesterov.size());
-  has_group_entries("maximize", maximize.size());
-  has_group_entries("trust_clip", trust_clip.size());
-  has_group_entries("layer_adaptation", layer_adaptation.size());
-  has_group_entries("classic_momentum", classic_momentum.size());
-  has_group_entries("master_weights", master_weights.size());
-  step.groups.reserve(groups);
-  for (size_t i = 0; i < groups; ++i) {
-    Hyperparameters group{.momentum = momentum[i],
-                          .weight_decay = weight_decay[i],
-                          .trust_coefficient = trust_coefficient[i],
-                          .eps = eps[i],
-                          .dampening = dampening[i],
-                          .nesterov = nesterov.get(i),
-                          .maximize = maximize.get(i),
-                          .trust_clip = trust_clip.get(i),
-                          .layer_adaptation = layer_adaptation.get(i),
-                          .classic_momentum = classic_momentum.get(i),
-                          .master_weights = master_weights.get(i)};
-    if constexpr (!lr_is_tensor) group.lr = lr[i];
-    validate(group, static_cast<long>(i));
-    step.groups.push_back(group);
-  }
-  if constexpr (lr_is_tensor) step.lr_tensors = lr.vec();
-  step.squared_norms = squared_norms.value_or(at::Tensor());
-  step.grad_scale = grad_scale.value_or(at::Tensor());
-  step.found_inf = found_inf.value_or(at::Tensor());
-  step.trust_ratios = trust_ratios.value_or(at::Tensor());
-  step.workspace = workspace.value_or(at::Tensor());
-  check_and_assemble({params, grads, momentum_buffers, master_params, steps, group_sizes}, step);
-  if (!step.tensors.empty()) backend(step);
+// Tensors of a list; AOTInductor of torch 2.14 passes None for an empty one.
+std::vector<at::Tensor> tensors_of(const c10::IValue& list) {
+  return list.isNone() ? std::vector<at::Tensor>() : list.toTensorVector();
 }
 
-// The same for arguments in a stack. AOTInductor of torch 2.14 passes None for an empty list of tensors.
-template <Backend backend, typename LearningRates>
-void boxed_step_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  static const auto kernel =
-      c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN((step_op<backend, LearningRates>)));
-  const size_t arguments = op.schema().arguments().size();
-  for (size_t i = 0; i < kStepLists; ++i) {
-    auto& list = torch::jit::peek(*stack, i, arguments);
-    if (list.isNone()) list = c10::List<at::Tensor>();
+// The op itself, for a backend and for both overloads: lr is a list of numbers or of tensors.
+template <Backend backend>
+void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  {
+    const auto* argument = torch::jit::last(*stack, count).data();
+    const auto params = tensors_of(*argument++), grads = tensors_of(*argument++),
+               momentum_buffers = tensors_of(*argument++), master_params = tensors_of(*argument++),
+               steps = tensors_of(*argument++);
+    const auto group_sizes = (argument++)->toIntVector();
+    Step step;
+    step.groups.resize(group_sizes.size());
+    for_each_hyperparameter([&](const char* name, auto member) {
+      const auto values = (argument++)->toListRef();
+      FUSED_LARS_CHECK(values.size() == group_sizes.size(), InvalidOption, name, " has ", values.size(),
+                       " entries; expected ", group_sizes.size(), ", one for each entry of group_sizes");
+      for (size_t group = 0; group < values.size(); ++group) {
+        if (values[group].isTensor()) {
+          step.lr_tensors.push_back(values[group].toTensor());
+        } else {
+          step.groups[group].*member = values[group].to<decltype(type_of(member))>();
+        }
+      }
+    });
+    for (size_t group = 0; group < step.groups.size(); ++group) {
+      validate(step.groups[group], static_cast<long>(group));
+    }
+    for (auto* tensor : {&step.squared_norms, &step.grad_scale, &step.found_inf, &step.trust_ratios,
+                         &step.layer_norms, &step.workspace}) {
+      const auto& value = *argument++;
+      if (!value.isNone()) *tensor = value.toTensor();
+    }
+    check_and_assemble({params, grads, momentum_buffers, master_params, steps, group_sizes}, step);
+    if (!step.tensors.empty()) backend(step);
   }
-  kernel.callBoxed(op, keys, stack);
+  torch::jit::drop(*stack, count);
 }
 
-// The norms op, for a backend that is given checked arguments; `workspace` may be undefined.
-template <NormBackend backend>
-at::Tensor squared_norms_workspace_op(at::TensorList params, at::TensorList grads,
-                                      const at::Tensor& workspace) {
-  check_norm_arguments(params, grads, workspace);
-  if (params.empty()) {
-    const auto device = workspace.defined() ? workspace.device() : at::Device(at::kCPU);
-    return at::empty({0, 2}, at::TensorOptions(device).dtype(norm_dtype(device)));
-  }
-  return backend(params, grads, workspace);
+at::Tensor squared_norms_of(NormsOnlyBackend backend, at::TensorList params, at::TensorList grads,
+                            at::IntArrayRef group_sizes, NormCall call) {
+  check_and_assemble(params, grads, group_sizes, call);
+  if (!params.empty()) return backend(call);
+  const auto device = call.workspace.defined() ? call.workspace.device() : at::Device(at::kCPU);
+  return at::empty({0, 2}, at::TensorOptions(device).dtype(norm_dtype(device)));
 }
 
-template <NormBackend backend>
+template <NormsOnlyBackend backend>
 at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads) {
-  return squared_norms_workspace_op<backend>(params, grads, {});
+  NormCall call;
+  call.groups.resize(1);
+  return squared_norms_of(backend, params, grads, {static_cast<int64_t>(params.size())}, std::move(call));
+}
+
+template <NormsOnlyBackend backend>
+at::Tensor squared_norms_groups_op(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
+                                   at::ArrayRef<double> weight_decay, const c10::List<bool>& maximize,
+                                   const c10::List<bool>& decayed_norm,
+                                   const std::optional<at::Tensor>& grad_scale, const at::Tensor& workspace) {
+  NormCall call;
+  call.groups.resize(group_sizes.size());
+  const auto set = [&](const char* name, auto member, const auto& values) {
+    FUSED_LARS_CHECK(values.size() == group_sizes.size(), InvalidOption, name, " has ", values.size(),
+                     " entries; expected ", group_sizes.size(), ", one for each entry of group_sizes");
+    for (size_t group = 0; group < call.groups.size(); ++group) call.groups[group].*member = values[group];
+  };
+  set("weight_decay", &Hyperparameters::weight_decay, weight_decay);
+  set("maximize", &Hyperparameters::maximize, maximize);
+  set("decayed_norm", &Hyperparameters::decayed_norm, decayed_norm);
+  for (size_t group = 0; group < call.groups.size(); ++group) {
+    validate(call.groups[group], static_cast<long>(group));
+  }
+  call.grad_scale = grad_scale.value_or(at::Tensor());
+  call.workspace = workspace;
+  return squared_norms_of(backend, params, grads, group_sizes, std::move(call));
 }
 
 template <NormBackend kernel>
-at::Tensor fused_norm_backend(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
-  return run_dense(kernel, params, grads, workspace);
+at::Tensor fused_norm_backend(NormCall& call) {
+  return run_dense(kernel, call);
 }
 
-at::Tensor meta_norm_backend(at::TensorList params, at::TensorList, const at::Tensor&) {
-  const auto count = static_cast<int64_t>(params.size());
-  return at::empty({count, 2}, params[0].options().dtype(norm_dtype(params[0].device())));
+at::Tensor fallback_norm_backend(NormCall& call) { return squared_norms_reference(call); }
+
+at::Tensor meta_norm_backend(NormCall& call) {
+  const auto& param = call.params[0];
+  return at::empty({static_cast<int64_t>(call.params.size()), 2},
+                   param.options().dtype(norm_dtype(param.device())));
 }
 
-void check_hyperparameters(double lr, double momentum, double weight_decay, double trust_coefficient,
-                           double eps, double dampening, bool nesterov, bool classic_momentum) {
-  validate({.lr = lr,
-            .momentum = momentum,
-            .weight_decay = weight_decay,
-            .trust_coefficient = trust_coefficient,
-            .eps = eps,
-            .dampening = dampening,
-            .nesterov = nesterov,
-            .classic_momentum = classic_momentum});
+// Checks the ranges of one group's hyperparameters.
+void check_hyperparameters(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const auto* argument = torch::jit::last(*stack, count).data();
+  Hyperparameters values;
+  for_each_hyperparameter(
+      [&](const char*, auto member) { values.*member = (argument++)->to<decltype(type_of(member))>(); });
+  validate(values);
+  torch::jit::drop(*stack, count);
+}
+
+// The groups' hyperparameters as a step op has them: a list for each.
+void push_hyperparameters(const std::vector<Hyperparameters>& groups, torch::jit::Stack& stack) {
+  for_each_hyperparameter([&](const char*, auto member) {
+    c10::List<decltype(type_of(member))> values;
+    values.reserve(groups.size());
+    for (const auto& group : groups) values.push_back(group.*member);
+    stack.emplace_back(std::move(values));
+  });
 }
 
 // TorchScript takes "Tensor(a!)[]" for a write to the list, not to the tensors in it. It would merge reads of
@@ -211,22 +230,15 @@ void register_for_scripts(const std::string& name, const std::string& overload, 
 
 template <Backend backend>
 void register_step(torch::Library& library, const std::string& name) {
-  library.impl(name.c_str(), step_op<backend, at::ArrayRef<double>>);
-  library.impl((name + ".tensor_lr").c_str(), step_op<backend, at::TensorList>);
+  for (const auto& overload : {name, name + ".tensor_lr"}) {
+    library.impl(overload.c_str(), torch::CppFunction::makeFromBoxedFunction<&step_op<backend>>());
+  }
 }
 
-template <Backend backend>
-void register_boxed_step(torch::Library& library, const std::string& name) {
-  library.impl(name.c_str(),
-               torch::CppFunction::makeFromBoxedFunction<&boxed_step_op<backend, at::ArrayRef<double>>>());
-  library.impl((name + ".tensor_lr").c_str(),
-               torch::CppFunction::makeFromBoxedFunction<&boxed_step_op<backend, at::TensorList>>());
-}
-
-template <NormBackend backend>
+template <NormsOnlyBackend backend>
 void register_norms(torch::Library& library) {
   library.impl("squared_norms", squared_norms_op<backend>);
-  library.impl("squared_norms.workspace", squared_norms_workspace_op<backend>);
+  library.impl("squared_norms.groups", squared_norms_groups_op<backend>);
 }
 
 }  // namespace
@@ -239,25 +251,26 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
   // Two overloads, since Inductor has no code for an op that may write to an argument and is given None for
-  // it.
+  // it. The second has what a step knows of its groups and of AMP, as decayed_norm needs.
   library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
-  library.def("squared_norms.workspace(Tensor[] params, Tensor[] grads, *, Tensor(a!) workspace) -> Tensor",
-              {at::Tag::pt2_compliant_tag});
   library.def(
-      "check_hyperparameters(float lr, float momentum, float weight_decay, float trust_coefficient, float "
-      "eps, "
-      "float dampening, bool nesterov, bool classic_momentum) -> ()",
-      check_hyperparameters);
+      "squared_norms.groups(Tensor[] params, Tensor[] grads, int[] group_sizes, *, float[] weight_decay, "
+      "bool[] maximize, bool[] decayed_norm, Tensor? grad_scale, Tensor(a!) workspace) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  auto arguments = arguments_of("", [](const std::string&) { return true; });
+  arguments.erase(arguments.size() - 2);  // the last comma
+  library.def(("check_hyperparameters(" + arguments + ") -> ()").c_str(),
+              torch::CppFunction::makeFromBoxedFunction<&check_hyperparameters>());
 }
 
 TORCH_LIBRARY_IMPL(fused_lars, CPU, library) {
-  register_boxed_step<fused_backend<step_cpu>>(library, "step_");
+  register_step<fused_backend<step_cpu>>(library, "step_");
   register_norms<fused_norm_backend<squared_norms_cpu>>(library);
 }
 
 #ifdef FUSED_LARS_WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_lars, CUDA, library) {
-  register_boxed_step<fused_backend<step_cuda>>(library, "step_");
+  register_step<fused_backend<step_cuda>>(library, "step_");
   register_norms<fused_norm_backend<squared_norms_cuda>>(library);
 }
 #endif
@@ -269,8 +282,8 @@ TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
 
 // Any other device.
 TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
-  register_boxed_step<fallback_backend>(library, "step_");
-  register_norms<squared_norms_reference>(library);
+  register_step<fallback_backend>(library, "step_");
+  register_norms<fallback_norm_backend>(library);
 }
 
 // step_ returns nothing that autograd could follow. Without this, torch's fallback for operators that have no
@@ -288,29 +301,12 @@ TORCH_LIBRARY_IMPL(fused_lars, CompositeImplicitAutograd, library) {
 void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
            at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
            const std::vector<Hyperparameters>& groups, const StepOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fused_lars::step_", "")
-                             .typed<decltype(step_op<meta_backend, at::ArrayRef<double>>)>();
-  std::vector<double> lr, momentum, weight_decay, trust_coefficient, eps, dampening;
-  c10::List<bool> nesterov, maximize, trust_clip, layer_adaptation, classic_momentum, master_weights;
-  for (const auto& group : groups) {
-    lr.push_back(group.lr);
-    momentum.push_back(group.momentum);
-    weight_decay.push_back(group.weight_decay);
-    trust_coefficient.push_back(group.trust_coefficient);
-    eps.push_back(group.eps);
-    dampening.push_back(group.dampening);
-    nesterov.push_back(group.nesterov);
-    maximize.push_back(group.maximize);
-    trust_clip.push_back(group.trust_clip);
-    layer_adaptation.push_back(group.layer_adaptation);
-    classic_momentum.push_back(group.classic_momentum);
-    master_weights.push_back(group.master_weights);
-  }
-  op.call(params, grads, momentum_buffers, master_params, steps, group_sizes, lr, momentum, weight_decay,
-          trust_coefficient, eps, dampening, nesterov, maximize, trust_clip, layer_adaptation,
-          classic_momentum, master_weights, options.squared_norms, options.grad_scale, options.found_inf,
-          options.trust_ratios, options.workspace);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
+  torch::jit::Stack stack{params, grads, momentum_buffers, master_params, steps, group_sizes};
+  push_hyperparameters(groups, stack);
+  torch::jit::push(stack, options.squared_norms, options.grad_scale, options.found_inf, options.trust_ratios,
+                   options.layer_norms, options.workspace);
+  op.callBoxed(stack);
 }
 
 at::Tensor squared_norms(at::TensorList params, at::TensorList grads) {

@@ -57,21 +57,6 @@ ParamState loaded_state(const LARSParamState& archived, const at::Tensor& param,
   return state;
 }
 
-// An option as an archive keeps it.
-template <typename T>
-torch::IValue to_ivalue(const T& value) {
-  return value;
-}
-torch::IValue to_ivalue(const LayerAdaptation& value) { return value.to_ivalue(); }
-
-template <typename T>
-void from_ivalue(const torch::IValue& stored, T& value) {
-  value = stored.to<T>();
-}
-void from_ivalue(const torch::IValue& stored, LayerAdaptation& value) {
-  value = LayerAdaptation::from_ivalue(stored);
-}
-
 }  // namespace
 
 LayerAdaptation::LayerAdaptation(const char* text) : kind_(kDecayed) {
@@ -89,68 +74,52 @@ LayerAdaptation LayerAdaptation::from_ivalue(const torch::IValue& value) {
 
 LARSOptions::LARSOptions(double lr) { this->lr(lr); }
 
-template <typename Visit>
-void LARSOptions::for_each_option(Visit visit) {
-  visit("lr", &LARSOptions::lr_, &LARSOptions::lr_given_);
-  visit("momentum", &LARSOptions::momentum_, &LARSOptions::momentum_given_);
-  visit("weight_decay", &LARSOptions::weight_decay_, &LARSOptions::weight_decay_given_);
-  visit("trust_coefficient", &LARSOptions::trust_coefficient_, &LARSOptions::trust_coefficient_given_);
-  visit("eps", &LARSOptions::eps_, &LARSOptions::eps_given_);
-  visit("dampening", &LARSOptions::dampening_, &LARSOptions::dampening_given_);
-  visit("nesterov", &LARSOptions::nesterov_, &LARSOptions::nesterov_given_);
-  visit("maximize", &LARSOptions::maximize_, &LARSOptions::maximize_given_);
-  visit("trust_clip", &LARSOptions::trust_clip_, &LARSOptions::trust_clip_given_);
-  visit("layer_adaptation", &LARSOptions::layer_adaptation_, &LARSOptions::layer_adaptation_given_);
-  visit("classic_momentum", &LARSOptions::classic_momentum_, &LARSOptions::classic_momentum_given_);
-  visit("master_weights", &LARSOptions::master_weights_, &LARSOptions::master_weights_given_);
-}
-
 Hyperparameters LARSOptions::hyperparameters() const {
+  auto result = values_;
+  result.layer_adaptation = layer_adaptation_.at(values_.weight_decay);
   // Nothing is clipped where "decayed" leaves a step plain, as in timm.
-  const bool is_plain = layer_adaptation_ == "decayed" && !(weight_decay_ > 0.0);
-  return {.lr = lr_,
-          .momentum = momentum_,
-          .weight_decay = weight_decay_,
-          .trust_coefficient = trust_coefficient_,
-          .eps = eps_,
-          .dampening = dampening_,
-          .nesterov = nesterov_,
-          .maximize = maximize_,
-          .trust_clip = trust_clip_ && !is_plain,
-          .layer_adaptation = layer_adaptation_.at(weight_decay_),
-          .classic_momentum = classic_momentum_,
-          .master_weights = master_weights_};
+  if (layer_adaptation_ == "decayed" && !result.layer_adaptation) result.trust_clip = false;
+  return result;
 }
 
 LARSOptions LARSOptions::inherit(const LARSOptions& defaults) const {
   const LARSOptions fresh;
   LARSOptions result = *this;
-  for_each_option([&](const char*, auto option, auto given) {
-    if (!(this->*given) && this->*option == fresh.*option) result.*option = defaults.*option;
+  const auto was_given = [this](const char* name) { return given_.count(name) != 0; };
+  for_each_hyperparameter([&](const char* name, auto member) {
+    if (!was_given(name) && values_.*member == fresh.values_.*member) {
+      result.values_.*member = defaults.values_.*member;
+    }
   });
+  if (!was_given("layer_adaptation") && layer_adaptation_ == fresh.layer_adaptation_) {
+    result.layer_adaptation_ = defaults.layer_adaptation_;
+  }
   return result;
 }
 
 void LARSOptions::serialize(torch::serialize::OutputArchive& archive) const {
-  for_each_option(
-      [&](const char* name, auto option, auto) { archive.write(name, to_ivalue(this->*option)); });
+  for_each_hyperparameter([&](const std::string& name, auto member) {
+    archive.write(
+        name, name == "layer_adaptation" ? layer_adaptation_.to_ivalue() : torch::IValue(values_.*member));
+  });
 }
 
 void LARSOptions::serialize(torch::serialize::InputArchive& archive) {
-  for_each_option([&](const char* name, auto option, auto given) {
-    torch::IValue value;
-    FUSED_LARS_CHECK(archive.try_read(name, value), InvalidOption, "the archive has no option ", name,
+  for_each_hyperparameter([&](const std::string& name, auto member) {
+    torch::IValue stored;
+    FUSED_LARS_CHECK(archive.try_read(name, stored), InvalidOption, "the archive has no option ", name,
                      "; expected one that fused_lars::LARS wrote");
-    from_ivalue(value, this->*option);
-    this->*given = true;
+    if (name == "layer_adaptation") {
+      layer_adaptation_ = LayerAdaptation::from_ivalue(stored);
+    } else {
+      values_.*member = stored.to<std::decay_t<decltype(values_.*member)>>();
+    }
+    given_.insert(name);
   });
 }
 
 bool operator==(const LARSOptions& left, const LARSOptions& right) {
-  bool equal = true;
-  LARSOptions::for_each_option(
-      [&](const char*, auto option, auto) { equal &= left.*option == right.*option; });
-  return equal;
+  return left.values_ == right.values_ && left.layer_adaptation_ == right.layer_adaptation_;
 }
 
 void LARSParamState::serialize(torch::serialize::OutputArchive& archive) const {

@@ -12,8 +12,8 @@ namespace fused_lars {
 namespace {
 
 using Tensors = c10::List<at::Tensor>;
-using Numbers = c10::List<double>;
-using Switches = c10::List<bool>;
+using Numbers = c10::List<c10::List<double>>;
+using Switches = c10::List<c10::List<bool>>;
 using OptionalTensor = std::optional<at::Tensor>;
 
 class PreparedStep final : public torch::CustomClassHolder {
@@ -27,20 +27,18 @@ class PreparedStep final : public torch::CustomClassHolder {
         after_grads_{std::move(momentum_buffers), std::move(master_params), std::move(steps),
                      std::move(group_sizes)} {}
 
-  // In the order of the op's schema, an entry for each group.
-  void set_hyperparameters(Numbers lr, Numbers momentum, Numbers weight_decay, Numbers trust_coefficient,
-                           Numbers eps, Numbers dampening, Switches nesterov, Switches maximize,
-                           Switches trust_clip, Switches layer_adaptation, Switches classic_momentum,
-                           Switches master_weights) {
-    hyperparameters_ = {lr,         momentum,         weight_decay,     trust_coefficient,
-                        eps,        dampening,        nesterov,         maximize,
-                        trust_clip, layer_adaptation, classic_momentum, master_weights};
+  // A list for each hyperparameter, in the order of the op's schema, with an entry for each group.
+  void set_hyperparameters(const Numbers& numbers, const Switches& switches) {
+    hyperparameters_.clear();
+    for (c10::List<double> values : numbers) hyperparameters_.emplace_back(std::move(values));
+    for (c10::List<bool> values : switches) hyperparameters_.emplace_back(std::move(values));
   }
 
   // One step with each parameter's own .grad. Returns false, and has done nothing, where not exactly the
   // parameters of the call have one: then other arguments must be prepared.
   bool run(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-           const OptionalTensor& trust_ratios, const OptionalTensor& workspace) const {
+           const OptionalTensor& trust_ratios, const OptionalTensor& layer_norms,
+           const OptionalTensor& workspace) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
     for (const auto& param : without_grad_) {
       if (param.grad().defined()) return false;
@@ -59,8 +57,8 @@ class PreparedStep final : public torch::CustomClassHolder {
     stack.insert(stack.end(), after_grads_.begin(), after_grads_.end());
     stack.insert(stack.end(), hyperparameters_.begin(), hyperparameters_.end());
     stack.emplace_back();  // squared_norms
-    for (const auto* scalar : {&grad_scale, &found_inf, &trust_ratios, &workspace})
-      stack.emplace_back(*scalar);
+    for (const auto* tensor : {&grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
+      stack.emplace_back(*tensor);
     op.callBoxed(stack);
     return true;
   }

@@ -14,10 +14,13 @@ namespace {
 struct ScaledNorm {
   at::Tensor squared, scale;
 
+  at::Tensor norm() const { return unscaled(squared.sqrt()); }
   at::Tensor norm_where(const at::Tensor& condition, const at::Tensor& otherwise) const {
-    const auto root = at::where(condition, squared, otherwise).sqrt();
-    return scale.defined() ? root / scale : root;
+    return unscaled(at::where(condition, squared, otherwise).sqrt());
   }
+
+ private:
+  at::Tensor unscaled(const at::Tensor& root) const { return scale.defined() ? root / scale : root; }
 };
 
 // norm_range.h's square_scale on tensors.
@@ -44,6 +47,21 @@ ScaledNorm scaled_norm(const at::Tensor& tensor) {
   return {(x * scale).square().sum(), scale};
 }
 
+// rule.h's decayed_gradient on tensors of one dtype.
+DecayedGradient<at::Tensor> decayed_gradient(const Hyperparameters& h, const at::Tensor& grad_scale,
+                                             const at::Tensor& factor, at::ScalarType dtype) {
+  return {((h.maximize ? -1.0 : 1.0) / grad_scale * factor).to(dtype), (h.weight_decay * factor).to(dtype)};
+}
+
+// The norm of a gradient that the rule takes, of a gradient as stored.
+ScaledNorm grad_norm(const Hyperparameters& h, const at::Tensor& weight, const at::Tensor& grad,
+                     const at::Tensor& grad_scale) {
+  if (!h.decayed_norm) return scaled_norm(grad);
+  const auto dtype = norm_dtype(grad.device());
+  const auto decayed = decayed_gradient(h, grad_scale, at::ones_like(grad_scale), dtype);
+  return scaled_norm(decayed(grad.to(dtype), weight.to(dtype)));
+}
+
 // rule.h's trust_ratio on tensors, without reading a value on the host. Where a norm is 0 the quotient is
 // taken of 1, so that no NaN enters the gradient of the branch that was not chosen.
 at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const ScaledNorm& weight,
@@ -53,9 +71,10 @@ at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const Sca
   if (h.layer_adaptation) {
     const auto both = (weight.squared > 0).logical_and(grad.squared > 0);
     const auto weight_norm = weight.norm_where(both, one);
-    const auto grad_norm = grad.norm_where(both, one) / grad_scale.abs();
-    q = at::where(
-        both, h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps), one);
+    const auto grad_norm = grad.norm_where(both, one);
+    const auto divisor =
+        h.decayed_norm ? grad_norm : grad_norm / grad_scale.abs() + h.weight_decay * weight_norm;
+    q = at::where(both, h.trust_coefficient * weight_norm / (divisor + h.eps), one);
   }
   if (h.trust_clip)
     q = at::where((lr > 0).logical_and((q >= lr).logical_not()), q / at::where(lr > 0, lr, one), one);
@@ -91,11 +110,17 @@ void step_reference(const Step& step) {
     if (c10::GradMode::is_enabled() && weight.requires_grad()) weight = weight.clone();
     const auto grad = tensor.grad.to(dtype);
 
-    const auto norm = [&](int64_t column, const at::Tensor& x) {
-      if (!step.squared_norms.defined()) return scaled_norm(x);
+    const auto given = [&](int64_t column) {
       return ScaledNorm{step.squared_norms.select(0, i).select(0, column), {}};
     };
-    const auto q = trust_ratio(h, lr[tensor.group], norm(0, weight), norm(1, grad), grad_scale);
+    const bool is_given = step.squared_norms.defined();
+    const auto weight_norm = is_given ? given(0) : scaled_norm(weight);
+    const auto its_grad_norm = is_given ? given(1) : grad_norm(h, weight, grad, grad_scale);
+    if (step.layer_norms.defined()) {
+      const auto unscaled = its_grad_norm.norm() / (h.decayed_norm ? scalar(1.0) : grad_scale.abs());
+      assign(step.layer_norms.select(0, i), at::stack({weight_norm.norm(), unscaled}).detach());
+    }
+    const auto q = trust_ratio(h, lr[tensor.group], weight_norm, its_grad_norm, grad_scale);
     const bool in_float = dtype == at::kFloat;
     const auto held = in_float ? q.clamp(kLeastRatio, kMostRatio) : q;
     const auto rest = in_float ? (q / held).detach() : scalar(1.0);  // 1, and no function of q, in range
@@ -108,8 +133,7 @@ void step_reference(const Step& step) {
     }
     const auto factor = [dtype](const at::Tensor& value) { return value.to(dtype); };
     const Coefficients<at::Tensor> c{
-        .grad_gain = factor((h.maximize ? -1.0 : 1.0) / grad_scale * rest),
-        .weight_decay = factor(h.weight_decay * rest),
+        .decayed_gradient = decayed_gradient(h, grad_scale, rest, dtype),
         .trust_ratio = factor(held),
         .momentum = factor(scalar(h.momentum)),
         .buffer_gain = factor(h.classic_momentum ? lr[tensor.group] : damped),
@@ -127,12 +151,16 @@ void step_reference(const Step& step) {
   }
 }
 
-at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads, const at::Tensor&) {
+at::Tensor squared_norms_reference(const NormCall& call) {
+  const auto options = call.params[0].options().dtype(norm_dtype(call.params[0].device()));
+  const auto grad_scale =
+      call.grad_scale.defined() ? call.grad_scale.reshape({}).to(options) : at::ones({}, options);
   std::vector<at::Tensor> norms;
-  norms.reserve(2 * params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    for (const auto& x : {params[i], grads[i]}) {
-      const auto norm = scaled_norm(x);
+  norms.reserve(2 * call.params.size());
+  for (size_t i = 0; i < call.params.size(); ++i) {
+    const auto &weight = call.params[i], &grad = call.grads[i];
+    for (const auto& norm :
+         {scaled_norm(weight), grad_norm(call.groups[call.group_of[i]], weight, grad, grad_scale)}) {
       norms.push_back(norm.scale.defined() ? norm.squared / norm.scale / norm.scale : norm.squared);
     }
   }

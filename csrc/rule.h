@@ -5,6 +5,7 @@
 //
 //   g' = (maximize ? -g : g) / grad_scale
 //   q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)     (1 where a norm is 0)
+//        or, with decayed_norm:  trust_coefficient * |w| / (|g' + weight_decay * w| + eps)
 //   u  = q * (g' + weight_decay * w)
 //   classic momentum:  v = momentum * v + lr * u               w -= nesterov ? momentum * v + lr * u : v
 //   torch momentum:    v = momentum * v + (1 - dampening) * u  w -= lr * (nesterov ? u + momentum * v : v)
@@ -25,15 +26,42 @@
 
 namespace fused_lars {
 
-// The trust ratio q of one parameter (paper, equation 6). The norms are of the whole parameter and of its
-// gradient as stored, before grad_scale is divided out. A NaN norm counts as 0 does: q is 1 and the NaN
-// reaches the weights through the gradient itself.
+// g' + weight_decay * w, from a gradient as stored and its weight. The update multiplies it by the trust
+// ratio, and decayed_norm takes its norm: of this sum, as rounded, and not from the norms of its terms, which
+// would leave no digits where the terms nearly cancel.
+template <typename T>
+struct DecayedGradient {
+  T grad_gain;
+  T weight_decay;
+
+  template <typename V>
+  FUSED_LARS_INLINE V operator()(const V& grad, const V& weight) const {
+    return grad_gain * grad + weight_decay * weight;
+  }
+};
+
+template <typename T>
+FUSED_LARS_INLINE DecayedGradient<T> decayed_gradient(const Hyperparameters& h, double grad_scale,
+                                                      double factor = 1.0) {
+  return {static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale * factor),
+          static_cast<T>(h.weight_decay * factor)};
+}
+
+// The second norm that a step takes of a parameter, beside |w|: |g| of the gradient as stored or, with
+// decayed_norm, |g' + weight_decay * w|. This is what it is without grad_scale.
+FUSED_LARS_INLINE double unscaled_grad_norm(const Hyperparameters& h, double grad_norm, double grad_scale) {
+  return h.decayed_norm ? grad_norm : grad_norm / fabs(grad_scale);
+}
+
+// The trust ratio q of one parameter (paper, equation 6) from the two norms that the step takes of the whole
+// parameter. A NaN norm counts as 0 does: q is 1 and the NaN reaches the weights through the gradient itself.
 FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double weight_norm,
-                                     double stored_grad_norm, double grad_scale) {
+                                     double grad_norm, double grad_scale) {
   double q = 1.0;
-  if (h.layer_adaptation && weight_norm > 0.0 && stored_grad_norm > 0.0) {
-    const double grad_norm = stored_grad_norm / fabs(grad_scale);
-    q = h.trust_coefficient * weight_norm / (grad_norm + h.weight_decay * weight_norm + h.eps);
+  if (h.layer_adaptation && weight_norm > 0.0 && grad_norm > 0.0) {
+    const double unscaled = unscaled_grad_norm(h, grad_norm, grad_scale);
+    const double divisor = h.decayed_norm ? unscaled : unscaled + h.weight_decay * weight_norm;
+    q = h.trust_coefficient * weight_norm / (divisor + h.eps);
   }
   // LARC: the layer's rate q never exceeds lr. At lr == 0 nothing moves and there is nothing to clip.
   if (h.trust_clip) q = lr > 0.0 && !(q >= lr) ? q / lr : 1.0;
@@ -42,14 +70,13 @@ FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double
 
 // The rule for one parameter reduced to factors. Both momentum conventions and the absence of momentum
 // are one formula, so that an element costs one branch at most:
-//   u = trust_ratio * (grad_gain * g + weight_decay * w)
+//   u = trust_ratio * decayed_gradient(g, w)
 //   v = momentum * v + buffer_gain * u
 //   w -= step_size * (nesterov ? momentum * v + nesterov_gain * u : v)
 // Multiplying by a factor of exactly 1 or 0 leaves the bits that the convention's own formula gives.
 template <typename T>
 struct Coefficients {
-  T grad_gain;
-  T weight_decay;
+  DecayedGradient<T> decayed_gradient;
   T trust_ratio;
   T momentum;
   T buffer_gain;
@@ -75,8 +102,7 @@ FUSED_LARS_INLINE Coefficients<T> coefficients(const Hyperparameters& h, double 
   const double held = sizeof(T) == sizeof(float) ? held_by_float(q) : q;
   const double rest = held == q ? 1.0 : q / held;
   Coefficients<T> c;
-  c.grad_gain = static_cast<T>((h.maximize ? -1.0 : 1.0) / grad_scale * rest);
-  c.weight_decay = static_cast<T>(h.weight_decay * rest);
+  c.decayed_gradient = decayed_gradient<T>(h, grad_scale, rest);
   c.trust_ratio = static_cast<T>(held);
   c.momentum = static_cast<T>(h.momentum);
   c.buffer_gain = static_cast<T>(h.classic_momentum ? lr : (h.momentum > 0.0 ? damped : 1.0));
@@ -89,7 +115,7 @@ FUSED_LARS_INLINE Coefficients<T> coefficients(const Hyperparameters& h, double 
 // One element, or one vector of elements. Without momentum the caller passes a buffer of 0 and drops it.
 template <typename T, typename V>
 FUSED_LARS_INLINE void update(const Coefficients<T>& c, V grad, V& weight, V& momentum_buffer) {
-  const V u = c.trust_ratio * (c.grad_gain * grad + c.weight_decay * weight);
+  const V u = c.trust_ratio * c.decayed_gradient(grad, weight);
   const V v = c.momentum * momentum_buffer + c.buffer_gain * u;
   const V direction = c.nesterov ? c.momentum * v + c.nesterov_gain * u : v;
   momentum_buffer = v;

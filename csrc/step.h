@@ -32,10 +32,11 @@ struct Step {
   // One a group, or empty. A defined one (one floating-point element, on the CPU or the parameters'
   // device) replaces the group's lr.
   std::vector<at::Tensor> lr_tensors;
-  at::Tensor squared_norms;  // optional (n, 2): |w|^2 and |g|^2 of each parameter, before grad_scale
+  at::Tensor squared_norms;  // optional (n, 2): what squared_norms_* give of each parameter
   at::Tensor grad_scale;     // optional, one fp32 element: what gradients were multiplied by
   at::Tensor found_inf;      // optional, one fp32 element: not zero means that nothing may change
   at::Tensor trust_ratios;   // optional (n): receives each parameter's trust ratio
+  at::Tensor layer_norms;    // optional (n, 2): receives |w| and the unscaled norm of the gradient
   at::Tensor workspace;      // optional int32 scratch; see the schema
 };
 
@@ -55,11 +56,20 @@ void step_reference(const Step& step);
 void step_cpu(const Step& step);
 void step_cuda(const Step& step);
 
-// Squared norms of dense tensors, (n, 2) of norm_dtype: row i is |params[i]|^2, |grads[i]|^2.
-// `workspace` is the step's.
-using NormBackend = at::Tensor (*)(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
-at::Tensor squared_norms_reference(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
-at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
-at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads, const at::Tensor& workspace);
+// The norms alone, of dense tensors.
+struct NormCall {
+  std::vector<at::Tensor> params, grads;
+  std::vector<Hyperparameters> groups;  // decayed_norm, and what that depends on
+  std::vector<int64_t> group_of;        // each parameter's group
+  at::Tensor grad_scale;                // optional; what gradients were multiplied by
+  at::Tensor workspace;                 // the step's, optional
+};
+
+// (n, 2) of norm_dtype: row i is |params[i]|^2 and |grads[i]|^2 or, with decayed_norm, the square of
+// |g' + weight_decay * w|.
+using NormBackend = at::Tensor (*)(const NormCall& call);
+at::Tensor squared_norms_reference(const NormCall& call);
+at::Tensor squared_norms_cpu(const NormCall& call);
+at::Tensor squared_norms_cuda(const NormCall& call);
 
 }  // namespace fused_lars

@@ -33,6 +33,12 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
       .def("with_weight_decay", build<&Lars::with_weight_decay>, "", {torch::arg("weight_decay")})
       .def("with_trust_coefficient", build<&Lars::with_trust_coefficient>, "",
            {torch::arg("trust_coefficient")})
+      .def("with_decayed_norm",
+           [](const Self& self, bool decayed_norm) {
+             self->with_decayed_norm(decayed_norm);
+             return self;
+           },
+           "", {torch::arg("decayed_norm")})
       .def("learning_rate", [](const Self& self) { return self->learning_rate(); })
       .def("set_learning_rate", [](const Self& self, double lr) { self->set_learning_rate(lr); }, "",
            {torch::arg("lr")})

@@ -25,8 +25,8 @@ class Tiling {
   ItemCounts items(const LaunchTensor& tensor) const {
     const uint32_t count = tiles(tensor);
     if (options_.squared_norms) return {count, 0};
-    const bool needs_norms =
-        !options_.given_squared_norms && groups_[tensor.group].hyperparameters.layer_adaptation;
+    const bool needs_norms = !options_.given_squared_norms &&
+                             (options_.layer_norms || groups_[tensor.group].hyperparameters.layer_adaptation);
     return {needs_norms && count > 1 ? count : 0, count};
   }
   uint16_t last_tile(const LaunchTensor& tensor) const {
@@ -173,6 +173,7 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   p.found_inf = options.found_inf;
   p.given_squared_norms = options.given_squared_norms;
   p.trust_ratios = options.trust_ratios;
+  p.layer_norms = options.layer_norms;
   p.squared_norms = options.squared_norms;
 
   const Tiling tiling(kernel, groups, options);

@@ -41,7 +41,7 @@ struct LaunchTensor {
   void* param;            // used where the weight is its master
   float* step;            // null without dampening
   int64_t numel;
-  uint32_t index;  // in trust_ratios and squared_norms
+  uint32_t index;  // in trust_ratios, layer_norms and squared_norms
   uint32_t group;
 };
 
@@ -58,6 +58,7 @@ struct LaunchOptions {
   const float* found_inf = nullptr;
   const double* given_squared_norms = nullptr;
   double* trust_ratios = nullptr;
+  double* layer_norms = nullptr;
   double* squared_norms = nullptr;
   int multiprocessors = 1;
   int64_t l2_bytes = 0;

@@ -15,8 +15,8 @@ namespace fused_lars {
 // What the tensors of a group share.
 struct GroupRow {
   Hyperparameters hyperparameters;
-  const void* lr;  // one element of lr_element on the device, in place of hyperparameters.lr; or null
-  Element lr_element;
+  const void* lr = nullptr;  // one element of lr_element on the device, in place of hyperparameters.lr
+  Element lr_element = Element::f32;
 
   bool operator==(const GroupRow&) const = default;
 };
@@ -25,7 +25,7 @@ struct TensorRow {
   void* weight;  // the master where there is one
   const void* grad;
   void* momentum_buffer;  // null without momentum
-  uint32_t index;         // in trust_ratios and squared_norms
+  uint32_t index;         // in trust_ratios, layer_norms and squared_norms
   uint16_t group;         // its row
   uint16_t last_tile;     // elements in the last tile, which may be 0
 };
@@ -52,6 +52,7 @@ struct LaunchArguments {
   const float* found_inf;             // null: 0
   const double* given_squared_norms;  // null: the kernel takes norms
   double* trust_ratios;               // may be null
+  double* layer_norms;                // may be null
   double* squared_norms;              // where a launch without update items writes its result
 
   // Byte offsets in Parameters::table of what each tensor has. 0 for the last two: no tensor has any.

@@ -100,7 +100,7 @@ void step_cuda(const Step& step) {
   std::vector<uint32_t> row_of_group;
   std::vector<at::Tensor> converted;  // lives until the launches are in the stream
   for (size_t group = 0; group < step.groups.size(); ++group) {
-    GroupRow row{.hyperparameters = step.groups[group], .lr = nullptr, .lr_element = Element::f32};
+    GroupRow row{.hyperparameters = step.groups[group]};
     if (!step.lr_tensors.empty() && step.lr_tensors[group].defined()) {
       auto lr = step.lr_tensors[group];
       if (element(lr) == Element::f32 && lr.scalar_type() != at::kFloat) {
@@ -141,16 +141,19 @@ void step_cuda(const Step& step) {
   options.found_inf = data_or_null<const float>(step.found_inf);
   options.given_squared_norms = data_or_null<const double>(step.squared_norms);
   options.trust_ratios = data_or_null<double>(step.trust_ratios);
+  options.layer_norms = data_or_null<double>(step.layer_norms);
   launch_all(buckets, rows, options, step.workspace, step.tensors[0].param);
 }
 
-at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads, const at::Tensor& workspace) {
-  const auto count = static_cast<int64_t>(params.size());
-  auto result = at::empty({count, 2}, params[0].options().dtype(at::kDouble));
+at::Tensor squared_norms_cuda(const NormCall& call) {
+  const auto count = static_cast<int64_t>(call.params.size());
+  auto result = at::empty({count, 2}, call.params[0].options().dtype(at::kDouble));
+  std::vector<GroupRow> rows;
+  for (const auto& group : call.groups) rows.push_back({.hyperparameters = group});
   std::vector<Bucket> buckets;
   std::vector<at::Tensor> converted;
   for (int64_t i = 0; i < count; ++i) {
-    auto param = params[i], grad = grads[i];
+    auto param = call.params[i], grad = call.grads[i];
     KernelTypes types{element(param), element(grad), element(param), /*master=*/false};
     if (types.param == Element::f32 && (types.grad == Element::f16 || types.grad == Element::bf16)) {
       types = {types.grad, types.grad, Element::f32, /*master=*/true};
@@ -167,11 +170,12 @@ at::Tensor squared_norms_cuda(at::TensorList params, at::TensorList grads, const
                     .step = nullptr,
                     .numel = param.numel(),
                     .index = static_cast<uint32_t>(i),
-                    .group = 0});
+                    .group = static_cast<uint32_t>(call.group_of[i])});
   }
   LaunchOptions options;
+  options.grad_scale = data_or_null<const float>(call.grad_scale);
   options.squared_norms = result.data_ptr<double>();
-  launch_all(buckets, {GroupRow{}}, options, workspace, result);
+  launch_all(buckets, rows, options, call.workspace, result);
   return result;
 }
 

@@ -37,10 +37,16 @@ template <typename Types>
 struct Work {
   Tile<Types> tile;
   WorkItem item;
-  uint32_t tiles;    // of the tensor
-  bool takes_norms;  // as every norm item does
-  bool is_none;      // the block is done
+  uint32_t tiles;             // of the tensor
+  uint32_t has_decayed_norm;  // a word, since a vector load of three bools would read what nobody wrote
+  bool takes_norms;           // as every norm item does
+  bool is_none;               // the block is done
+  DecayedGradient<typename Types::Compute> decayed_gradient;  // where its norm is taken
 };
+
+__device__ __forceinline__ double grad_scale(const Parameters& p) {
+  return p.grad_scale == nullptr ? 1.0 : *p.grad_scale;
+}
 
 __device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
   return DeviceAtomic<uint32_t>(*p.workspace.tickets).fetch_add(1, cuda::memory_order_relaxed);
@@ -60,8 +66,13 @@ __device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, Wo
   work.item = item;
   work.tiles = tiles;
   // A tensor whose norms are needed and which has no norm items has one tile.
+  const Hyperparameters& group = p.group(row.group).hyperparameters;
   work.takes_norms = !item.is_update || (!has_norm_items && p.given_squared_norms == nullptr &&
-                                         p.group(row.group).hyperparameters.layer_adaptation);
+                                         (group.layer_adaptation || p.layer_norms != nullptr));
+  work.has_decayed_norm = group.decayed_norm;
+  if (group.decayed_norm) {
+    work.decayed_gradient = decayed_gradient<typename Types::Compute>(group, grad_scale(p));
+  }
 
   const uint64_t offset = static_cast<uint64_t>(item.tile) * Types::kTile;
   auto& tile = work.tile;
@@ -100,18 +111,26 @@ __device__ __forceinline__ double learning_rate(const GroupRow& group) {
 
 __device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor, Sums<double> norms) {
   const GroupRow& group = p.group(p.tensor(tensor).group);
-  return trust_ratio(group.hyperparameters, learning_rate(group), norms.weight, norms.grad,
-                     p.grad_scale == nullptr ? 1.0 : *p.grad_scale);
+  return trust_ratio(group.hyperparameters, learning_rate(group), norms.weight, norms.grad, grad_scale(p));
 }
 
-// The trust ratio of a tensor that does not take its norms in this launch.
-__device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, uint32_t tensor) {
+__device__ __forceinline__ void record_norms(const Parameters& p, uint32_t tensor, Sums<double> norms) {
+  if (p.layer_norms == nullptr) return;
+  const TensorRow& row = p.tensor(tensor);
+  double* record = p.layer_norms + 2 * static_cast<size_t>(row.index);
+  record[0] = norms.weight;
+  record[1] = unscaled_grad_norm(p.group(row.group).hyperparameters, norms.grad, grad_scale(p));
+}
+
+// The trust ratio for an item of a tensor that does not take its norms in this launch.
+__device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, const WorkItem& item) {
   Sums<double> given = {0.0, 0.0};
   if (p.given_squared_norms != nullptr) {
-    const double* row = p.given_squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
+    const double* row = p.given_squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
     given = {sqrt(row[0]), sqrt(row[1])};
+    if (item.tile == 0) record_norms(p, item.tensor, given);
   }
-  return trust_ratio(p, tensor, given);
+  return trust_ratio(p, item.tensor, given);
 }
 
 // Waits for the block that completes the tensor's norms.
@@ -131,8 +150,7 @@ __device__ __forceinline__ Coefficients<typename Types::Compute> update_coeffici
   const GroupRow& group = p.group(row.group);
   if (p.trust_ratios != nullptr && item.tile == 0) p.trust_ratios[row.index] = q;
   const float* step = p.steps == 0 ? nullptr : p.entry<const float*>(p.steps, item.tensor);
-  return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q,
-                                               p.grad_scale == nullptr ? 1.0 : *p.grad_scale,
+  return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q, grad_scale(p),
                                                /*first_step=*/step != nullptr && *step == 0.0f);
 }
 
@@ -185,6 +203,7 @@ __device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<
     } else {
       const uint64_t ratio = encode_ratio(trust_ratio(p, tensor, norms));
       DeviceAtomic<uint64_t>(p.workspace.ratios[tensor]).store(ratio, cuda::memory_order_release);
+      record_norms(p, tensor, norms);
     }
   }
   for (uint32_t tile = lane; tile < work.tiles; tile += 32) partials[tile] = {};
@@ -240,19 +259,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       // coefficients, for which the compiler waits until the tile has come.
       look_up(p, draw_ticket(p), shared_work[turn ^ 1]);
       if (!work.takes_norms) {
-        if (!waits) q = trust_ratio_without_norms(p, work.item.tensor);
+        if (!waits) q = trust_ratio_without_norms(p, work.item);
         shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
       }
     }
     if (work.takes_norms) {
-      const Sums<Compute> sums = agent.squared_sums(storage[turn]);
+      const auto* decayed = work.has_decayed_norm ? &shared_work[turn].decayed_gradient : nullptr;
+      const Sums<Compute> sums = agent.squared_sums(storage[turn], decayed);
       if (threadIdx.x < 32) {
-        const Sums<double> partial = tile_partials(work.tile, sums);
+        const Sums<double> partial = tile_partials(work.tile, sums, decayed);
         if (!work.item.is_update) {
           count_norm_item(p, work, partial);
         } else if (threadIdx.x == 0) {
-          const double q =
-              trust_ratio(p, work.item.tensor, {decode_norm(partial.weight), decode_norm(partial.grad)});
+          const Sums<double> norms = {decode_norm(partial.weight), decode_norm(partial.grad)};
+          record_norms(p, work.item.tensor, norms);
+          const double q = trust_ratio(p, work.item.tensor, norms);
           shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
         }
       }

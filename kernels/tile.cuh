@@ -175,27 +175,26 @@ class TileAgent {
     });
   }
 
-  // Sums of squares of the loaded tile, in thread 0. Passes two barriers.
-  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage) const {
-    Sums<Compute> sums = {};
-#pragma unroll
-    for (int k = 0; k < kVectorsPerThread; ++k) {
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const auto weight = static_cast<Compute>(weight_[k].get(e));
-        const auto grad = static_cast<Compute>(grad_[k].get(e));
-        sums.weight = fma(weight, weight, sums.weight);
-        sums.grad = fma(grad, grad, sums.grad);
-      }
-    }
+  // Sums of squares of the loaded tile, of the decayed gradient where there is one in place of the gradient,
+  // in thread 0. Passes two barriers.
+  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage,
+                                                        const DecayedGradient<Compute>* decayed) const {
+    const Sums<Compute> sums =
+        decayed == nullptr
+            ? squares_of_thread([](Compute grad, Compute) { return grad; })
+            : squares_of_thread([d = *decayed](Compute grad, Compute weight) { return d(grad, weight); });
     return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
   }
 
   // The same in each lane of a warp that calls this together, of elements multiplied by scales. Reads the
   // tile again, since only that warp knows that it must.
-  static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(const Tile<Types>& tile,
-                                                                      Sums<Compute> scale) {
+  static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(
+      const Tile<Types>& tile, Sums<Compute> scale, const DecayedGradient<Compute>* decayed) {
     Sums<Compute> sums = {};
+    DecayedGradient<Compute> scaled = {};
+    if (decayed != nullptr) {
+      scaled = {decayed->grad_gain * scale.grad, decayed->weight_decay * scale.grad};
+    }
     for (uint32_t first = threadIdx.x % 32 * kVector; first < tile.count; first += 32 * kVector) {
       Packed<typename Types::Weight, kVector> weights;
       Packed<typename Types::Grad, kVector> grads;
@@ -204,8 +203,12 @@ class TileAgent {
       fused_lars::load<false>(grads, tile.grad + first, !(tile.misaligned & tile.kGrad), inside);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const Compute weight = static_cast<Compute>(weights.get(e)) * scale.weight;
-        const Compute grad = static_cast<Compute>(grads.get(e)) * scale.grad;
+        const auto stored_weight = static_cast<Compute>(weights.get(e));
+        const auto stored_grad = static_cast<Compute>(grads.get(e));
+        const Compute weight = stored_weight * scale.weight;
+        // An infinite weight must not make the norm of a plain gradient NaN.
+        const Compute grad =
+            decayed == nullptr ? stored_grad * scale.grad : scaled(stored_grad, stored_weight);
         sums.weight = fma(weight, weight, sums.weight);
         sums.grad = fma(grad, grad, sums.grad);
       }
@@ -225,6 +228,23 @@ class TileAgent {
   }
 
  private:
+  // Of this thread's elements: the weights and what norm_element makes of a gradient and its weight.
+  template <typename NormElement>
+  __device__ __forceinline__ Sums<Compute> squares_of_thread(const NormElement& norm_element) const {
+    Sums<Compute> sums = {};
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const auto weight = static_cast<Compute>(weight_[k].get(e));
+        const Compute grad = norm_element(static_cast<Compute>(grad_[k].get(e)), weight);
+        sums.weight = fma(weight, weight, sums.weight);
+        sums.grad = fma(grad, grad, sums.grad);
+      }
+    }
+    return sums;
+  }
+
   // Calls f(k, first element, how many exist from there, misaligned) for each of this thread's vectors. Of a
   // whole and aligned tile the compiler knows the last two.
   template <typename F>

@@ -6,6 +6,8 @@ squared norm  A square is rounded, then joins a lane: an fp32 tile of 4,096 elem
               additions, added up in fp64; an fp64 tile 16 lanes of 256, then 16 lanes and the tiles. Terms
               are positive, so the relative error is at most 129 u (fp32) or 257 + 16 + tiles (fp64), and half
               of it for the norm. A backend that adds fewer numbers in a row is within the same bound.
+decayed norm  Its elements g' + weight_decay * w have each factor and product rounded (2 of each term) and
+              the sum (1): 2 u of the norms of the terms and u of the norm itself beside the norm's own error.
 q             The sum of the relative errors of both norms; what follows in fp64 counts nothing in fp32 and at
               most 8 u in fp64.
 u             q and each coefficient are rounded to the computation's type (1 each), then a product (1), a sum
@@ -46,16 +48,23 @@ def norm_error(dtype: torch.dtype, numel: int) -> float:
     return 129 / 2 * ROUNDOFF[torch.float32]
 
 
-def trust_ratio_error(weight_dtype, grad_dtype, numel) -> float:
+def grad_norm_error(weight_dtype, grad_dtype, numel, terms=0.0) -> float:
+    """Relative error of the norm of a gradient, or of a decayed gradient of `terms` (reference.Norms)."""
+    u = ROUNDOFF[torch.float64 if weight_dtype == torch.float64 else torch.float32]
+    return norm_error(grad_dtype, numel) + (2 * terms + 1) * u * (terms > 0)
+
+
+def trust_ratio_error(weight_dtype, grad_dtype, numel, terms=0.0) -> float:
     """Relative error of the trust ratio."""
     fp64 = 8 * ROUNDOFF[torch.float64]
-    return SLACK * (norm_error(weight_dtype, numel) + norm_error(grad_dtype, numel) + fp64)
+    grad_error = grad_norm_error(weight_dtype, grad_dtype, numel, terms)
+    return SLACK * (norm_error(weight_dtype, numel) + grad_error + fp64)
 
 
 def compute_errors(result, weight_dtype, grad_dtype) -> tuple[np.ndarray, np.ndarray]:
     """Absolute errors of the weight and the momentum buffer before they are stored."""
     u = ROUNDOFF[torch.float64 if weight_dtype == torch.float64 else torch.float32]
-    q = trust_ratio_error(weight_dtype, grad_dtype, result.weight.size)
+    q = trust_ratio_error(weight_dtype, grad_dtype, result.weight.size, result.norms.terms)
     weight = (q + 13 * u) * result.update_terms + u * np.abs(result.weight)
     return SLACK * weight, SLACK * (q + 8 * u) * result.buffer_terms
 

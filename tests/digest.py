@@ -22,7 +22,8 @@ LARGE = Layouts(Layout((700_001,)))
 def digest(device: str) -> str:
     generator = torch.Generator().manual_seed(0)
     leaves = []
-    for options in (OPTIONS["everything classic"], OPTIONS["everything torch"], OPTIONS["plain"]):
+    names = ("everything classic", "everything torch", "plain", "everything with a decayed norm")
+    for options in map(OPTIONS.__getitem__, names):
         for dtypes in DTYPES.values():
             rule = Rule(**options, master_weights=dtypes.master)
             for layouts in (

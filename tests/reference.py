@@ -19,6 +19,7 @@ class Rule:
     maximize: bool = False
     trust_clip: bool = False
     layer_adaptation: bool = True
+    decayed_norm: bool = False
     classic_momentum: bool = True
     master_weights: bool = False
 
@@ -30,6 +31,7 @@ class Result:
     weight: np.ndarray
     momentum_buffer: np.ndarray
     trust_ratio: float
+    norms: "Norms"
     update_terms: np.ndarray  # the weight's change, every term by its absolute value
     buffer_terms: np.ndarray  # the same for the momentum buffer
 
@@ -39,12 +41,31 @@ def norm(x) -> float:
     return float(np.sqrt(np.sum(np.square(x, dtype=np.longdouble))))
 
 
-def trust_ratio(weight, grad, rule: Rule, grad_scale: float = 1.0) -> float:
+@dataclass(frozen=True)
+class Norms:
+    """What a step takes of a parameter."""
+
+    weight: float
+    grad: float  # of g', or of g' + weight_decay * w with decayed_norm
+    # The sum of the norms of what the second is a norm of, relative to it: large where they cancel.
+    terms: float = 0.0
+
+
+def norms(weight, grad, rule: Rule, grad_scale: float = 1.0) -> Norms:
     """`grad` as it is stored, before grad_scale is divided out."""
+    if not rule.decayed_norm:
+        return Norms(norm(weight), norm(grad) / grad_scale)
+    g, decay = (-grad if rule.maximize else grad) / grad_scale, rule.weight_decay * weight
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = norm(g + decay)
+    return Norms(norm(weight), result, (norm(g) + norm(decay)) / result if result > 0 else 0.0)
+
+
+def trust_ratio(norms: Norms, rule: Rule) -> float:
     q = 1.0
-    weight_norm, grad_norm = norm(weight), norm(grad) / grad_scale
-    if rule.layer_adaptation and weight_norm > 0 and grad_norm > 0:
-        q = rule.trust_coefficient * weight_norm / (grad_norm + rule.weight_decay * weight_norm + rule.eps)
+    if rule.layer_adaptation and norms.weight > 0 and norms.grad > 0:
+        divisor = norms.grad if rule.decayed_norm else norms.grad + rule.weight_decay * norms.weight
+        q = rule.trust_coefficient * norms.weight / (divisor + rule.eps)
     if rule.trust_clip:
         q = min(q / rule.lr, 1.0) if rule.lr > 0 else 1.0
     return q
@@ -54,7 +75,8 @@ def step(weight, grad, momentum_buffer, rule: Rule, *, grad_scale=1.0, first=Fal
     """One step. A missing momentum_buffer is zeros; `first` says that no step was applied before."""
     w, g = np.asarray(weight, np.float64), np.asarray(grad, np.float64)
     v = np.zeros_like(w) if momentum_buffer is None else np.asarray(momentum_buffer, np.float64)
-    q = trust_ratio(w, g, rule, grad_scale)
+    of_step = norms(w, g, rule, grad_scale)
+    q = trust_ratio(of_step, rule)
 
     def apply(w, g, v, minus):
         """The formulas; with minus = +1 and absolute values the sum of the sizes of their terms."""
@@ -73,4 +95,4 @@ def step(weight, grad, momentum_buffer, rule: Rule, *, grad_scale=1.0, first=Fal
     with np.errstate(invalid="ignore", over="ignore"):
         new_w, new_v, _ = apply(w, -g if rule.maximize else g, v, -1.0)
         _, buffer_terms, update_terms = apply(np.abs(w), np.abs(g), np.abs(v), 1.0)
-    return Result(new_w, new_v, q, update_terms, buffer_terms)
+    return Result(new_w, new_v, q, of_step, update_terms, buffer_terms)

@@ -86,12 +86,27 @@ def call_op(
     leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
 ):
     """torch.ops.fused_lars.step_; returns the trust ratios."""
+    return call_op_for_norms(
+        leaves,
+        tensor_lr=tensor_lr,
+        squared_norms=squared_norms,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        op=op,
+    )[0]
+
+
+def call_op_for_norms(
+    leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
+):
+    """The same; returns the trust ratios and the norms."""
     groups = group_by_rule(leaves)
     values = {name: [getattr(group[0].rule, name) for group in groups] for name in HYPERPARAMETERS}
     device = leaves[0].param.device
     if tensor_lr:
         values["lr"] = [torch.tensor(lr, dtype=torch.float64, device=device) for lr in values["lr"]]
     ratios = torch.full((len(leaves),), torch.nan, dtype=torch.float64, device=device)
+    norms = torch.full((len(leaves), 2), torch.nan, dtype=torch.float64, device=device)
     packet = getattr(torch.ops.fused_lars, op)
     (packet.tensor_lr if tensor_lr else packet.default)(
         [leaf.param for leaf in leaves],
@@ -106,8 +121,9 @@ def call_op(
         grad_scale=grad_scale,
         found_inf=found_inf,
         trust_ratios=ratios,
+        layer_norms=norms,
     )
-    return ratios
+    return ratios, norms
 
 
 def make_optimizer(leaves: list[Leaf], *, tensor_lr=False, **options) -> LARS:
@@ -135,20 +151,25 @@ def _is_half(tensor: Tensor | None) -> bool:
 
 def run(
     implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
-) -> Tensor:
-    """A step; returns the trust ratios, fp64 on the CPU."""
+) -> tuple[Tensor, Tensor]:
+    """A step; returns the trust ratios and the norms, fp64 on the CPU."""
     # Beside a master the optimizer keeps no buffer of 16 bits, which the ops take.
     for_ops = any(leaf.master_param is not None and _is_half(leaf.momentum_buffer) for leaf in leaves)
     if implementation == "op" or for_ops:
         op = "reference_step_" if implementation == "foreach" else "step_"
-        ratios = call_op(leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf, op=op)
-        return ratios.cpu()
+        results = call_op_for_norms(
+            leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf, op=op
+        )
+        return tuple(result.cpu() for result in results)
     optimizer = make_optimizer(leaves, tensor_lr=tensor_lr, **{implementation: True})
     # As GradScaler hands them over.
     optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
     optimizer.step()
-    ratios = optimizer.trust_ratios()
-    return torch.stack([ratios[leaf.param] for leaf in leaves]).cpu()
+    ratios, norms = optimizer.trust_ratios(), optimizer.layer_norms()
+    return (
+        torch.stack([ratios[leaf.param] for leaf in leaves]).cpu(),
+        torch.stack([torch.stack(norms[leaf.param]) for leaf in leaves]).cpu(),
+    )
 
 
 def to_numpy(tensor: Tensor):
@@ -186,20 +207,23 @@ def check_step(
     before = snapshot(leaves)
     around = [{name: outside(tensor) for name, tensor in leaf.tensors().items()} for leaf in leaves]
     scale = 1.0 if grad_scale is None else grad_scale.item()
-    ratios = run(implementation, leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf)
+    ratios, norms = run(
+        implementation, leaves, tensor_lr=tensor_lr, grad_scale=grad_scale, found_inf=found_inf
+    )
     skipped = found_inf is not None and found_inf.item() != 0
-    for leaf, old, guards, ratio in zip(leaves, before, around, ratios):
+    for leaf, old, guards, ratio, norm in zip(leaves, before, around, ratios, norms):
         for name, tensor in leaf.tensors().items():
             assert same_bits(outside(tensor), guards[name]), f"{leaf.name}: wrote outside of {name}"
             if skipped or name == "grad":
                 assert same_bits(tensor, old[name]), f"{leaf.name}: {name} changed"
         if not skipped:
-            check_leaf(leaf, old, ratio, scale)
+            check_leaf(leaf, old, ratio, norm, scale)
         else:
             assert ratio.isnan()
+            assert norm.isnan().all()
 
 
-def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, grad_scale: float) -> None:
+def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, norms: Tensor, grad_scale: float) -> None:
     """Holds a leaf after a step against the reference's step from `old`."""
     weight = "param" if leaf.master_param is None else "master_param"
     result = reference.step(
@@ -223,5 +247,10 @@ def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, grad_scale: fl
         )
     if leaf.step is not None:
         assert leaf.step.item() == old["step"].item() + 1, f"{leaf.name}: step"
-    error = bounds.trust_ratio_error(*dtypes, old[weight].numel()) * result.trust_ratio
+    numel, terms = old[weight].numel(), result.norms.terms
+    error = bounds.trust_ratio_error(*dtypes, numel, terms) * result.trust_ratio
     assert_within(ratio, result.trust_ratio, error, f"{leaf.name}: trust ratio")
+    error = bounds.SLACK * bounds.norm_error(dtypes[0], numel) * result.norms.weight
+    assert_within(norms[0], result.norms.weight, error, f"{leaf.name}: |w|")
+    error = bounds.SLACK * bounds.grad_norm_error(*dtypes, numel, terms) * result.norms.grad
+    assert_within(norms[1], result.norms.grad, error, f"{leaf.name}: norm of the gradient")

@@ -497,13 +497,21 @@ def test_step_is_below_autograd(device, kind):
 
 
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
-@pytest.mark.parametrize("name", ["squared_norms", "grad_scale", "found_inf", "trust_ratios", "workspace"])
+@pytest.mark.parametrize(
+    "name", ["squared_norms", "grad_scale", "found_inf", "trust_ratios", "layer_norms", "workspace"]
+)
 def test_arguments_that_are_not_strided(op, name):
     param = torch.ones(3)
     sparse = torch.ones(1, dtype=torch.int32 if name == "workspace" else torch.float32).to_sparse()
     with pytest.raises(ValueError, match=f"^{name} has layout Sparse; allowed: Strided"):
         call([param], like(param), op=op, **{name: sparse})
     assert bool((param == 1).all())
+
+
+def norms_with(workspace, params, grads):
+    options = {"weight_decay": [0.0], "maximize": [False], "decayed_norm": [False], "grad_scale": None}
+    op = torch.ops.fused_lars.squared_norms.groups
+    return op(params, grads, [len(params)], **options, workspace=workspace)
 
 
 def test_a_workspace_that_kernels_cannot_use(device):
@@ -519,7 +527,7 @@ def test_a_workspace_that_kernels_cannot_use(device):
         with pytest.raises(ValueError, match=message):
             call([param], like(param), workspace=workspace)
         with pytest.raises(ValueError, match=message):
-            torch.ops.fused_lars.squared_norms([param], [param], workspace=workspace)
+            norms_with(workspace, [param], [param])
     with pytest.raises(ValueError, match=r"^workspace shares memory with params\[0\]"):
         call([memory[2:].view(torch.float32)], like(memory[2:].view(torch.float32)), workspace=memory)
     assert bool((param == 1).all())
@@ -543,7 +551,7 @@ def test_no_tensors(where):
         pytest.skip("torch.cuda is not available")
     ops = torch.ops.fused_lars
     workspace = torch.zeros(4, dtype=torch.int32, device=where)
-    norms = ops.squared_norms([], [], workspace=workspace)
+    norms = norms_with(workspace, [], [])
     assert norms.shape == (0, 2)
     assert norms.dtype == torch.float64
     assert norms.device == workspace.device
@@ -555,7 +563,7 @@ def test_no_tensors(where):
     with pytest.raises(ValueError, match=r"^grads has 1 tensors; expected 0"):
         ops.squared_norms([], [torch.ones(2, device=where)])
     with pytest.raises(ValueError, match="expected a contiguous vector of Int"):
-        ops.squared_norms([], [], workspace=workspace.float())
+        norms_with(workspace.float(), [], [])
 
 
 def test_gradients_are_not_rewritten(device):

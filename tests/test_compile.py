@@ -21,6 +21,7 @@ OPTIONS = {
     "maximize": [False, True],
     "trust_clip": [False, True],
     "layer_adaptation": [True, True],
+    "decayed_norm": [True, False],
     "classic_momentum": [False, True],
     "master_weights": [True, False],
 }
@@ -67,6 +68,7 @@ def optional_arguments(device):
         "grad_scale": torch.tensor(4.0, device=device),
         "found_inf": torch.tensor(0.0, device=device),
         "trust_ratios": torch.zeros(3, dtype=torch.float64, device=device),
+        "layer_norms": torch.zeros(3, 2, dtype=torch.float64, device=device),
         # Large enough: a program that is traced cannot see its own scratch resized.
         "workspace": torch.zeros(4096, dtype=torch.int32, device=device),
     }
@@ -84,8 +86,13 @@ def every_op(device):
     params, grads, *_ = step_arguments(device)
     yield OPS.squared_norms.default, (params, grads), {}
     workspace = optional_arguments(device)["workspace"]
-    yield OPS.squared_norms.workspace, (params, grads), {"workspace": workspace}
-    yield OPS.check_hyperparameters.default, (1.0, 0.9, 0.0, 0.001, 0.0, 0.0, False, True), {}
+    grad_scale = optional_arguments(device)["grad_scale"]
+    for scale in (None, grad_scale):
+        options = {"weight_decay": [0.5, 0.0], "maximize": [True, False], "decayed_norm": [True, False]}
+        options.update(grad_scale=scale, workspace=workspace)
+        yield OPS.squared_norms.groups, (params, grads, [2, 1]), options
+    numbers, switches = (1.0, 0.9, 0.0, 0.001, 0.0, 0.0), (False, False, False, True, False, True, False)
+    yield OPS.check_hyperparameters.default, (*numbers, *switches), {}
 
 
 def test_opcheck(device):

@@ -17,6 +17,10 @@ CASES = {
     "weights_and_bias": (MOMENTUM, {**MOMENTUM, "weight_decay": 0.0, "layer_adaptation": False}),
     "nesterov_maximize": ({**MOMENTUM, "nesterov": True}, {**MOMENTUM, "maximize": True}),
     "dampening": ({**TORCH_FORM, "dampening": 0.3}, {**TORCH_FORM, "nesterov": True}),
+    "decayed_norm": (
+        {**MOMENTUM, "decayed_norm": True},
+        {**TORCH_FORM, "decayed_norm": True, "maximize": True, "eps": 1e-3},
+    ),
     "eps_trust_clip": ({**MOMENTUM, "eps": 1e-3}, {**MOMENTUM, "lr": 0.01, "trust_clip": True}),
     "master_weights": (
         {**MOMENTUM, "master_weights": True},

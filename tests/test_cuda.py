@@ -242,7 +242,8 @@ import fused_lars
 
 numbers = {"lr": 0.5, "trust_coefficient": 0.001, "momentum": 0, "weight_decay": 0, "eps": 0, "dampening": 0}
 options = {name: [value] for name, value in numbers.items()}
-switches = "nesterov maximize trust_clip layer_adaptation classic_momentum master_weights".split()
+switches = "nesterov maximize trust_clip layer_adaptation decayed_norm".split()
+switches += ["classic_momentum", "master_weights"]
 options.update({name: [name in ("layer_adaptation", "classic_momentum")] for name in switches})
 
 # The op alone: a workspace would lie in the memory that the tensors claim below, which is refused.

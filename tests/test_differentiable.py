@@ -13,6 +13,7 @@ OPTIONS = {
     "torch": dict(lr=0.3, momentum=0.6, weight_decay=0.1, trust_coefficient=0.5, classic_momentum=False),
     "dampening": dict(lr=0.3, momentum=0.6, dampening=0.4, classic_momentum=False),
     "maximize, eps": dict(lr=0.3, weight_decay=0.1, trust_coefficient=0.5, maximize=True, eps=0.2),
+    "decayed norm": dict(lr=0.3, momentum=0.6, weight_decay=0.4, trust_coefficient=0.5, decayed_norm=True),
     "no adaptation": dict(lr=0.3, weight_decay=0.1, layer_adaptation=False),
     "clip that clips": dict(lr=0.3, trust_coefficient=2.0, trust_clip=True),
     "clip that does not": dict(lr=3.0, trust_coefficient=0.5, trust_clip=True),

@@ -145,7 +145,7 @@ def test_another_kind_of_parameter(what):
 
 OTHER = {
     "lr": 0.25, "momentum": 0.8, "weight_decay": 0.2, "trust_coefficient": 0.002, "eps": 1e-6,
-    "nesterov": True, "maximize": True, "trust_clip": True, "layer_adaptation": False,
+    "nesterov": True, "maximize": True, "trust_clip": True, "layer_adaptation": False, "decayed_norm": True,
     "classic_momentum": False, "master_weights": True,
 }  # fmt: skip
 

@@ -18,13 +18,17 @@ def whole_values(model) -> list[torch.Tensor]:
 
 
 @on_ranks(2, 4)
-@pytest.mark.parametrize("layout", ["sharded", "sharded_by_layer", "hybrid", "tensor_parallel"])
-def test_grad_scaler(layout):
+@pytest.mark.parametrize(
+    ("layout", "decayed_norm"),
+    [("sharded", False), ("sharded", True), ("sharded_by_layer", False), ("hybrid", False),
+     ("tensor_parallel", True)],
+)  # fmt: skip
+def test_grad_scaler(layout, decayed_norm):
     """Steps 0 and 3 overflow in the last shard only and all its replicas; others are as without a scaler."""
     reference = make_net()
-    reference_optimizer = make_optimizer(reference)
+    reference_optimizer = make_optimizer(reference, decayed_norm=decayed_norm)
     model, data = getattr(nets, layout)(make_net())
-    optimizer = make_optimizer(model, fused=True)
+    optimizer = make_optimizer(model, decayed_norm=decayed_norm, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step, (x, y) in enumerate(batches(5)):
         scaler.scale(loss_of(model, x, y, data)).backward()

@@ -133,6 +133,7 @@ def test_tensor_lr_with_schedulers(layout):
 @pytest.mark.parametrize("options", [
     {"momentum": 0.0}, {"nesterov": True}, {"trust_clip": True}, {"maximize": True},
     {"classic_momentum": False, "dampening": 0.5}, {"foreach": True}, {"fused": True}, {"eps": 0.1},
+    {"decayed_norm": True}, {"decayed_norm": True, "maximize": True, "foreach": True},
 ], ids=str)  # fmt: skip
 def test_options(options):
     reference, (model, data) = make_net(), nets.sharded(make_net())
@@ -177,7 +178,7 @@ def test_cpu_offload():
 
 
 @on_ranks(2, 4)
-def test_trust_ratios():
+def test_trust_ratios_and_norms():
     """Those of whole layers, for sharded parameters, on every rank."""
     reference, (model, data) = make_net(), nets.sharded(make_net())
     optimizers = make_optimizer(reference), make_optimizer(model)
@@ -188,6 +189,9 @@ def test_trust_ratios():
     for p, q in zip(model.parameters(), reference.parameters()):
         torch.testing.assert_close(ratios[p], expected[q], rtol=1e-6, atol=0.0)
         assert not isinstance(ratios[p], type(p))
+    expected, norms = (optimizer.layer_norms() for optimizer in optimizers)
+    for p, q in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(norms[p], expected[q], rtol=1e-6, atol=0.0)
 
 
 @on_ranks(2)

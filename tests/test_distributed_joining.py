@@ -58,11 +58,12 @@ def test_gradients_missing_everywhere(missing):
 
 
 @on_ranks(2, 4)
+@pytest.mark.parametrize("decayed_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_missing_on_one_rank(dtype):
+def test_gradient_missing_on_one_rank(dtype, decayed_norm):
     """It counts as zeros in the norms, and the shard without a gradient is left alone."""
     sharded, whole = ([nn.Parameter(p.detach().to(dtype)) for p in params] for params in parameters())
-    options = {**OPTIONS, "master_weights": True}
+    options = {**OPTIONS, "master_weights": True, "decayed_norm": decayed_norm}
     optimizers = LARS(sharded, **options), LARS(whole, **options)
     alone = dist.get_rank() == 1
     for step in (1, 2):

@@ -20,6 +20,7 @@ OPTIONS = {
     "maximize": [False],
     "trust_clip": [False],
     "layer_adaptation": [True],
+    "decayed_norm": [True],
     "classic_momentum": [True],
     "master_weights": [False],
 }

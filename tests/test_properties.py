@@ -55,6 +55,7 @@ def rules(draw):
         maximize=draw(st.booleans()),
         trust_clip=draw(st.booleans()),
         layer_adaptation=draw(st.booleans()),
+        decayed_norm=draw(st.booleans()),
         classic_momentum=classic,
         master_weights=draw(st.booleans()),
     )

@@ -35,6 +35,9 @@ OPTIONS = {
     "plain": dict(lr=0.5, trust_coefficient=0.7),
     "weight decay": dict(lr=0.5, trust_coefficient=0.7, weight_decay=0.4),
     "eps": dict(lr=0.5, trust_coefficient=0.7, eps=3.0),
+    "decayed norm": dict(lr=0.5, trust_coefficient=0.7, weight_decay=0.4, decayed_norm=True),
+    "decayed norm without decay": dict(lr=0.5, trust_coefficient=0.7, decayed_norm=True),
+    "decayed norm, torch momentum": dict(_TORCH, weight_decay=1.5, decayed_norm=True),
     "no adaptation": dict(lr=0.3, weight_decay=0.4, layer_adaptation=False),
     "maximize": dict(lr=0.5, trust_coefficient=0.7, weight_decay=0.4, maximize=True),
     "clip that clips": dict(lr=0.3, trust_coefficient=0.7, weight_decay=0.1, trust_clip=True),
@@ -49,6 +52,9 @@ OPTIONS = {
     "dampening without momentum": dict(_TORCH, momentum=0.0, dampening=0.4),
     "momentum without adaptation": dict(_MOMENTUM, layer_adaptation=False, lr=0.2),
     "everything classic": dict(_MOMENTUM, nesterov=True, maximize=True, trust_clip=True, eps=0.5),
+    "everything with a decayed norm": dict(
+        _MOMENTUM, nesterov=True, maximize=True, trust_clip=True, eps=0.5, decayed_norm=True
+    ),
     "everything torch": dict(_TORCH, dampening=0.2, maximize=True, trust_clip=True, eps=0.5),
 }
 
@@ -70,7 +76,9 @@ def test_step(implementation, dtypes, options, device, generator):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "options", [OPTIONS["everything classic"], OPTIONS["dampening"]], ids=["classic", "torch"]
+    "options",
+    [OPTIONS["everything classic"], OPTIONS["dampening"], OPTIONS["everything with a decayed norm"]],
+    ids=["classic", "torch", "decayed norm"],
 )
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("dtypes", [Dtypes(F32), Dtypes(F64), Dtypes(F16, F16, F32, master=True)], ids=str)

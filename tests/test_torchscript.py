@@ -163,7 +163,8 @@ def test_the_ops_run_in_the_interpreter(device):
         torch.ops.fused_lars.step_(
             [param], [grad], [momentum_buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
             trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-            trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+            trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
+            master_weights=[False],
             squared_norms=norms,
         )  # fmt: skip
 
@@ -184,7 +185,8 @@ def step_(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.step_(
         [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
         trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+        trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
+        master_weights=[False],
     )  # fmt: skip
 
 
@@ -192,7 +194,8 @@ def step_tensor_lr(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.step_(
         [weight], [grad], [buffer], [], [], [1], lr=[torch.full([], 0.5)], momentum=[0.9], weight_decay=[0.1],
         trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+        trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
+        master_weights=[False],
     )  # fmt: skip
 
 
@@ -200,7 +203,8 @@ def reference_step_(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.reference_step_(
         [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
         trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-        trust_clip=[False], layer_adaptation=[True], classic_momentum=[True], master_weights=[False],
+        trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
+        master_weights=[False],
     )  # fmt: skip
 
 

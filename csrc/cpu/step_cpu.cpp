@@ -60,6 +60,9 @@ struct Work {
   int64_t first_tile;  // within the batch
   int64_t index;       // within the call
   bool needs_norms;
+  std::optional<DecayedGradient<double>> decayed;  // whose norm is the gradient's
+
+  DecayedNorm decayed_norm() const { return decayed ? &*decayed : nullptr; }
 
   bool in_f64() const { return weight.element == Element::f64; }
 };
@@ -67,9 +70,11 @@ struct Work {
 // Consecutive tensors that are processed together.
 class Batch {
  public:
-  void add(const at::Tensor& weight, const at::Tensor& grad, int64_t index, bool needs_norms) {
+  void add(const at::Tensor& weight, const at::Tensor& grad, int64_t index, bool needs_norms,
+           const Hyperparameters& group, double grad_scale) {
     const int64_t numel = weight.numel();
-    work_.push_back({element_pointer(weight), element_pointer(grad), numel, tiles_, index, needs_norms});
+    work_.push_back({element_pointer(weight), element_pointer(grad), numel, tiles_, index, needs_norms, {}});
+    if (group.decayed_norm) work_.back().decayed = decayed_gradient<double>(group, grad_scale);
     tiles_ += tiles_of(numel);
     bytes_ += numel * static_cast<int64_t>(weight.element_size() + grad.element_size());
     any_norms_ |= needs_norms;
@@ -91,7 +96,7 @@ class Batch {
     for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
       if (!work.needs_norms) return;
       const auto norms = work.in_f64() ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
-      partials_[work.first_tile + tile] = norms(work.weight, work.grad, offset, count);
+      partials_[work.first_tile + tile] = norms(work.weight, work.grad, work.decayed_norm(), offset, count);
     });
     bool any_scaled = false;
     for (size_t k = 0; k < work_.size(); ++k) {
@@ -151,7 +156,7 @@ class Batch {
       if (scale.weight == 1.0 && scale.grad == 1.0) return;
       const auto norms = work.in_f64() ? kernels.scaled_squared_norms_f64 : kernels.scaled_squared_norms_f32;
       partials_[work.first_tile + tile] =
-          norms(work.weight, work.grad, offset, count, scale.weight, scale.grad);
+          norms(work.weight, work.grad, work.decayed_norm(), offset, count, scale.weight, scale.grad);
     });
     for (const Work& work : work_) {
       ScaledNorms& norms = norms_of(work);
@@ -187,6 +192,7 @@ void step_cpu(const Step& step) {
   const double grad_scale = scalar_or(step.grad_scale, 1.0);
   const double* given = step.squared_norms.defined() ? step.squared_norms.const_data_ptr<double>() : nullptr;
   double* trust_ratios = step.trust_ratios.defined() ? step.trust_ratios.mutable_data_ptr<double>() : nullptr;
+  double* layer_norms = step.layer_norms.defined() ? step.layer_norms.mutable_data_ptr<double>() : nullptr;
   const auto& kernels = tile_kernels();
 
   std::vector<Update> updates(step.tensors.size());
@@ -195,6 +201,10 @@ void step_cpu(const Step& step) {
     const auto& group = step.groups[tensor.group];
     const double q = trust_ratio(group, group.lr, norms.weight_norm(), norms.grad_norm(), grad_scale);
     if (trust_ratios) trust_ratios[i] = q;
+    if (layer_norms) {
+      layer_norms[2 * i] = norms.weight_norm();
+      layer_norms[2 * i + 1] = unscaled_grad_norm(group, norms.grad_norm(), grad_scale);
+    }
     bool first_step = false;
     if (tensor.step.defined()) {
       float& applied = *tensor.step.mutable_data_ptr<float>();
@@ -228,19 +238,23 @@ void step_cpu(const Step& step) {
   };
   for (size_t i = 0; i < step.tensors.size(); ++i) {
     const auto& tensor = step.tensors[i];
+    const auto& group = step.groups[tensor.group];
     batch.add(tensor.weight(), tensor.grad, static_cast<int64_t>(i),
-              /*needs_norms=*/!given && step.groups[tensor.group].layer_adaptation);
+              /*needs_norms=*/!given && (layer_norms || group.layer_adaptation), group, grad_scale);
     if (batch.full()) flush();
   }
   flush();
 }
 
-at::Tensor squared_norms_cpu(at::TensorList params, at::TensorList grads, const at::Tensor&) {
-  auto result = at::empty({static_cast<int64_t>(params.size()), 2}, at::TensorOptions().dtype(at::kDouble));
+at::Tensor squared_norms_cpu(const NormCall& call) {
+  const auto count = static_cast<int64_t>(call.params.size());
+  auto result = at::empty({count, 2}, at::TensorOptions().dtype(at::kDouble));
   double* out = result.mutable_data_ptr<double>();
+  const double grad_scale = scalar_or(call.grad_scale, 1.0);
   Batch batch;
-  for (size_t i = 0; i < params.size(); ++i) {
-    batch.add(params[i], grads[i], static_cast<int64_t>(i), /*needs_norms=*/true);
+  for (int64_t i = 0; i < count; ++i) {
+    batch.add(call.params[i], call.grads[i], i, /*needs_norms=*/true, call.groups[call.group_of[i]],
+              grad_scale);
   }
   const auto& norms = batch.norms();
   for (size_t i = 0; i < norms.size(); ++i) {

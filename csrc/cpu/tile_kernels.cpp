@@ -165,18 +165,16 @@ class SquareSum {
  public:
   static constexpr int64_t kLanes = 128 / sizeof(T);
 
-  FUSED_LARS_INLINE void add_lanes(const T* x) {
+  // element(i) are those from i on, as a vector.
+  template <typename Elements>
+  FUSED_LARS_INLINE void add_lanes_of(const Elements& element) {
     for (int64_t k = 0; k < kVectors; ++k) {
-      const Vector<T> e = load(x + k * VectorOf<T>::size);
+      const Vector<T> e = element(k * VectorOf<T>::size);
       sums_[k] += e * e;
     }
   }
-
-  // Fewer than kLanes elements, the last ones.
-  FUSED_LARS_INLINE void add_rest(const T* x, int64_t count) {
-    T padded[kLanes] = {};
-    std::memcpy(padded, x, count * sizeof(T));
-    add_lanes(padded);
+  FUSED_LARS_INLINE void add_lanes(const T* x) {
+    add_lanes_of([x](int64_t i) { return load(x + i); });
   }
 
   FUSED_LARS_INLINE double total() const {
@@ -193,14 +191,35 @@ class SquareSum {
   Vector<T> sums_[kVectors] = {};
 };
 
+// A copy of fewer than kLanes elements, the last ones, filled up with zeros.
+template <typename T>
+class Rest {
+ public:
+  Rest(const T* x, int64_t count) { std::memcpy(padded_, x, count * sizeof(T)); }
+  FUSED_LARS_INLINE const T* data() const { return padded_; }
+
+ private:
+  T padded_[SquareSum<T>::kLanes] = {};
+};
+
 // Both tensors in one loop: a core that only reads is held up by memory's latency, less so with two streams
 // and a request ahead of each than with one.
-template <typename T>
-SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count) {
+template <typename T, bool is_decayed>
+FUSED_LARS_INLINE SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad,
+                                             const DecayedGradient<T>& decayed, int64_t offset,
+                                             int64_t count) {
   constexpr int64_t kLanes = SquareSum<T>::kLanes;
   constexpr int64_t kAhead = 1024 / sizeof(T);
   T weight_scratch[kChunk], grad_scratch[kChunk];
   SquareSum<T> weight_sum, grad_sum;
+  const auto add_lanes = [&](const T* w, const T* g) {
+    weight_sum.add_lanes(w);
+    if constexpr (is_decayed) {
+      grad_sum.add_lanes_of([&](int64_t i) { return decayed(load(g + i), load(w + i)); });
+    } else {
+      grad_sum.add_lanes(g);
+    }
+  };
   const bool converts = weight.element != element_of<T> || grad.element != element_of<T>;
   const int64_t chunk = converts ? kChunk : count;
   for (int64_t i = 0; i < count; i += chunk) {
@@ -213,39 +232,61 @@ SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, int64_t o
         __builtin_prefetch(w + k + kAhead + line);
         __builtin_prefetch(g + k + kAhead + line);
       }
-      weight_sum.add_lanes(w + k);
-      grad_sum.add_lanes(g + k);
+      add_lanes(w + k, g + k);
     }
-    if (k < n) {
-      weight_sum.add_rest(w + k, n - k);
-      grad_sum.add_rest(g + k, n - k);
-    }
+    if (k < n) add_lanes(Rest<T>(w + k, n - k).data(), Rest<T>(g + k, n - k).data());
   }
   return {weight_sum.total(), grad_sum.total()};
 }
 
-// Seldom needed, so without haste.
+// The same factors in the type of computation, multiplied by a power of two.
 template <typename T>
-double scaled_squared_norm(ElementPointer x, int64_t offset, int64_t count, double scale) {
+FUSED_LARS_INLINE DecayedGradient<T> scaled(const DecayedGradient<double>& decayed, double scale = 1.0) {
+  return {static_cast<T>(decayed.grad_gain * scale), static_cast<T>(decayed.weight_decay * scale)};
+}
+
+template <typename T>
+SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, DecayedNorm decayed, int64_t offset,
+                           int64_t count) {
+  if (decayed) return squared_norms<T, true>(weight, grad, scaled<T>(*decayed), offset, count);
+  return squared_norms<T, false>(weight, grad, {}, offset, count);
+}
+
+// Seldom needed, so without haste: of the elements x(i, n) gives, which are converted to T.
+template <typename T, typename Elements>
+FUSED_LARS_INLINE double scaled_squared_norm(int64_t count, const Elements& x) {
   constexpr int64_t kLanes = SquareSum<T>::kLanes;
   static_assert(kChunk % kLanes == 0);
-  const T factor = static_cast<T>(scale);
-  T scratch[kChunk], scaled[kChunk];
+  T elements[kChunk];
   SquareSum<T> sum;
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t n = std::min(kChunk, count - i);
-    convert(open(x, offset + i, n, scratch), scaled, n, [factor](T e) { return e * factor; });
-    std::fill(scaled + n, scaled + kChunk, T(0));
-    for (int64_t k = 0; k < n; k += kLanes) sum.add_lanes(scaled + k);
+    x(i, n, elements);
+    std::fill(elements + n, elements + kChunk, T(0));
+    for (int64_t k = 0; k < n; k += kLanes) sum.add_lanes(elements + k);
   }
   return sum.total();
 }
 
 template <typename T>
-SquaredNorms scaled_squared_norms(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count,
-                                  double weight_scale, double grad_scale) {
-  return {scaled_squared_norm<T>(weight, offset, count, weight_scale),
-          scaled_squared_norm<T>(grad, offset, count, grad_scale)};
+SquaredNorms scaled_squared_norms(ElementPointer weight, ElementPointer grad, DecayedNorm decayed,
+                                  int64_t offset, int64_t count, double weight_scale, double grad_scale) {
+  T weight_scratch[kChunk], grad_scratch[kChunk];
+  const auto scaled_norm = [&](ElementPointer x, double scale, T* scratch) {
+    const T factor = static_cast<T>(scale);
+    return scaled_squared_norm<T>(count, [&](int64_t i, int64_t n, T* to) {
+      convert(open(x, offset + i, n, scratch), to, n, [factor](T e) { return e * factor; });
+    });
+  };
+  const double weight_sum = scaled_norm(weight, weight_scale, weight_scratch);
+  if (!decayed) return {weight_sum, scaled_norm(grad, grad_scale, grad_scratch)};
+  const auto factors = scaled<T>(*decayed, grad_scale);
+  const double grad_sum = scaled_squared_norm<T>(count, [&](int64_t i, int64_t n, T* to) {
+    const T* w = open(weight, offset + i, n, weight_scratch);
+    const T* g = open(grad, offset + i, n, grad_scratch);
+    for (int64_t k = 0; k < n; ++k) to[k] = factors(g[k], w[k]);
+  });
+  return {weight_sum, grad_sum};
 }
 
 // ---------------------------------------------------------------- update

@@ -30,16 +30,20 @@ struct UpdateTile {
   ElementPointer low_precision;    // written: the parameter of a master; null without
 };
 
+// Where the norm of a gradient is that of the decayed gradient; null where it is not.
+using DecayedNorm = const DecayedGradient<double>*;
+
 struct TileKernels {
   // The sums of squares of `count` elements of a weight and its gradient from `offset`, in fp32 or, for fp64
   // weights, in fp64; in a fixed number of lanes whatever the vector width, so the bits do not depend on the
   // processor.
-  using NormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, int64_t offset, int64_t count);
+  using NormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, DecayedNorm decayed,
+                                int64_t offset, int64_t count);
   NormTile* squared_norms_f32;
   NormTile* squared_norms_f64;
   // The same of elements that are multiplied by a power of two before: see norm_range.h.
-  using ScaledNormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, int64_t offset,
-                                      int64_t count, double weight_scale, double grad_scale);
+  using ScaledNormTile = SquaredNorms(ElementPointer weight, ElementPointer grad, DecayedNorm decayed,
+                                      int64_t offset, int64_t count, double weight_scale, double grad_scale);
   ScaledNormTile* scaled_squared_norms_f32;
   ScaledNormTile* scaled_squared_norms_f64;
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.

@@ -14,7 +14,7 @@ namespace expected {
 
 struct Settings {
   double lr = 1, momentum = 0, weight_decay = 0, trust_coefficient = 0.001, eps = 0, dampening = 0;
-  bool nesterov = false, maximize = false, trust_clip = false, layer_adaptation = true,
+  bool nesterov = false, maximize = false, trust_clip = false, layer_adaptation = true, decayed_norm = false,
        classic_momentum = true;
 };
 
@@ -29,14 +29,19 @@ struct Parameter {
 
   void step(const Settings& s, const torch::Tensor& gradient) {
     auto grads = values(gradient);
-    double squared_weights = 0, squared_grads = 0;
+    double squared_weights = 0, squared_grads = 0, squared_decayed = 0;
     for (size_t i = 0; i < grads.size(); ++i) {
       if (s.maximize) grads[i] = -grads[i];
       squared_weights += weights[i] * weights[i];
       squared_grads += grads[i] * grads[i];
+      squared_decayed += std::pow(grads[i] + s.weight_decay * weights[i], 2);
     }
     double ratio = 1;
-    if (s.layer_adaptation && squared_weights != 0 && squared_grads != 0) {
+    if (s.decayed_norm) {
+      if (s.layer_adaptation && squared_weights != 0 && squared_decayed != 0) {
+        ratio = s.trust_coefficient * std::sqrt(squared_weights) / (std::sqrt(squared_decayed) + s.eps);
+      }
+    } else if (s.layer_adaptation && squared_weights != 0 && squared_grads != 0) {
       const double norm = std::sqrt(squared_weights);
       ratio = s.trust_coefficient * norm / (std::sqrt(squared_grads) + s.weight_decay * norm + s.eps);
     }

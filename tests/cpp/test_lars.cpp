@@ -97,6 +97,25 @@ INSTANTIATE_TEST_SUITE_P(, LarsDtypes,
                          testing::Values(torch::kFloat, torch::kDouble, torch::kHalf, torch::kBFloat16),
                          [](const auto& info) { return std::string(c10::toString(info.param)); });
 
+TEST(Lars, DividesByTheNormOfTheDecayedGradientWhereAsked) {
+  auto lars = with_everything().with_weight_decay(0.5).with_decayed_norm(true);
+  EXPECT_CONTAINS(printed(lars), ", decayed_norm=True, states=0)");
+  auto settings = everything;
+  settings.weight_decay = 0.5;
+  settings.decayed_norm = true;
+  auto weights = random_tensor({9001}, 1);
+  expected::Parameter want(weights);
+  for (int step = 0; step < 3; ++step) {
+    const auto grad = random_tensor({9001}, 5 + step);
+    lars.step(0, weights, grad);
+    want.step(settings, grad);
+    lars = Lars::from_state(lars.state());  // which keeps the option
+  }
+  expect_close(weights, want);
+  lars.with_decayed_norm(false);
+  EXPECT_EQ(printed(lars).find("decayed_norm"), std::string::npos);
+}
+
 TEST(Lars, DefaultsArePlainLayerwiseScaling) {
   auto weights = random_tensor({11}, 1);
   expected::Parameter want(weights);
@@ -326,9 +345,9 @@ TEST(Lars, StateRoundTripsAndOtherVersionsAreRefused) {
   EXPECT_TRUE(same_bits(weights, same)) << "state is lost or shared";
 
   auto state = original.state();
-  std::get<0>(state) = 2;
+  std::get<0>(state) = 3;
   EXPECT_EQ(MESSAGE_OF(Lars::from_state(state), fused_lars::InvalidOption),
-            "the stored Lars has format version 2; this library reads version 1");
+            "the stored Lars has format version 3; this library reads version 2");
   state = original.state();
   std::get<1>(state).pop_back();
   MESSAGE_OF(Lars::from_state(state), fused_lars::InvalidOption);

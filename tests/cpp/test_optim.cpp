@@ -89,6 +89,9 @@ INSTANTIATE_TEST_SUITE_P(
              LARSOptions(0.3).weight_decay(0.1).maximize(true),
              {.lr = 0.3, .weight_decay = 0.1, .maximize = true}},
         Case{"trust_clip", LARSOptions(0.003).trust_clip(true), {.lr = 0.003, .trust_clip = true}},
+        Case{"decayed_norm",
+             LARSOptions(0.3).momentum(0.9).weight_decay(0.5).decayed_norm(true),
+             {.lr = 0.3, .momentum = 0.9, .weight_decay = 0.5, .decayed_norm = true}},
         Case{"no_adaptation",
              LARSOptions(0.01).momentum(0.5).layer_adaptation(false),
              {.lr = 0.01, .momentum = 0.5, .layer_adaptation = false}},
@@ -208,6 +211,7 @@ TEST(LARS, GroupsInheritWhatTheyLeaveOut) {
                             .maximize(true)
                             .trust_clip(true)
                             .layer_adaptation(false)
+                            .decayed_norm(true)
                             .classic_momentum(false)
                             .master_weights(true)
                             .nesterov(true);
@@ -455,6 +459,7 @@ class Resume : public testing::Test {
         .momentum(0.9)
         .weight_decay(0.01)
         .dampening(0.25)
+        .decayed_norm(true)
         .classic_momentum(false)
         .master_weights(true);
   }

@@ -35,6 +35,8 @@ fused_lars::LARSOptions options_of(const c10::impl::GenericDict& values) {
       options.trust_clip(value);
     else if (name == "layer_adaptation")
       options.layer_adaptation(value);
+    else if (name == "decayed_norm")
+      options.decayed_norm(value);
     else if (name == "classic_momentum")
       options.classic_momentum(value);
     else if (name == "master_weights")

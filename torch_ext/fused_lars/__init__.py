@@ -3,10 +3,20 @@
 import torch
 
 from ._library import __version__, cmake_prefix_path, show_config
+from .convert import convert_state_dict
 from .lars_class import Lars
 from .optimizer import LARS
 from .param_groups import param_groups
 
 ops = torch.ops.fused_lars
 
-__all__ = ["LARS", "Lars", "__version__", "cmake_prefix_path", "ops", "param_groups", "show_config"]
+__all__ = [
+    "LARS",
+    "Lars",
+    "__version__",
+    "cmake_prefix_path",
+    "convert_state_dict",
+    "ops",
+    "param_groups",
+    "show_config",
+]

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from . import _library  # noqa: F401  registers torch.ops.fused_lars
 
-# Hyperparameters of a group, by the names that the op has for them.
-HYPERPARAMETERS = (
-    "lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening",
-    "nesterov", "maximize", "trust_clip", "layer_adaptation", "classic_momentum", "master_weights",
-)  # fmt: skip
+# Hyperparameters of a group, by the names and in the order of the op: numbers, then switches.
+_ARGUMENTS = torch.ops.fused_lars.check_hyperparameters.default._schema.arguments
+NUMBERS = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "FloatType")
+SWITCHES = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "BoolType")
+HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
 # Parameters of these dtypes may have fp32 state.
 HALF = (torch.float16, torch.bfloat16)
@@ -36,12 +36,12 @@ def check_group(group, index: int | None = None) -> None:
         if not lr.is_floating_point():
             raise ValueError(f"lr{where} has dtype {lr.dtype}; allowed: a floating-point dtype")
         lr = lr.item() if host_reads(lr) else 0.0
-    for name in HYPERPARAMETERS[:6]:
-        check_number(name, group[name] if name != "lr" else lr, index)
-    check_adaptation(group["layer_adaptation"], index)
-    check_hyperparameters(
-        lr, *(group[name] for name in HYPERPARAMETERS[1:7]), group["classic_momentum"], group=index
-    )
+    values = {name: group[name] for name in HYPERPARAMETERS}
+    values["lr"] = lr
+    for name in NUMBERS:
+        check_number(name, values[name], index)
+    check_adaptation(values["layer_adaptation"], index)
+    check_hyperparameters({**values, "layer_adaptation": bool(values["layer_adaptation"])}, index)
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
@@ -65,15 +65,10 @@ def check_adaptation(value, group: int | None = None) -> None:
         raise ValueError(f'layer_adaptation{_in_group(group)} is {value!r}; allowed: True, False, "decayed"')
 
 
-def check_hyperparameters(
-    lr, momentum=0.0, weight_decay=0.0, trust_coefficient=1.0, eps=0.0, dampening=0.0, nesterov=False,
-    classic_momentum=True, group: int | None = None,
-) -> None:  # fmt: skip
-    """Checks the ranges of a parameter group's numbers, as a step does."""
+def check_hyperparameters(values: dict, group: int | None = None) -> None:
+    """Checks the ranges of a parameter group's hyperparameters, as a step does."""
     try:
-        torch.ops.fused_lars.check_hyperparameters.default(
-            lr, momentum, weight_decay, trust_coefficient, eps, dampening, nesterov, classic_momentum
-        )
+        torch.ops.fused_lars.check_hyperparameters.default(*(values[name] for name in HYPERPARAMETERS))
     except ValueError as error:
         raise ValueError(str(error).replace(":", f"{_in_group(group)}:", 1)) from None
 

@@ -38,6 +38,8 @@ class Lars(metaclass=_ScriptClass):
         with_momentum(momentum), with_weight_decay(weight_decay), with_trust_coefficient(trust_coefficient):
             set what they name and return the optimizer. Defaults are 0, 0 and 0.001; allowed are [0, 1),
             finite and >= 0, finite and > 0.
+        with_decayed_norm(decayed_norm): True divides by ``|g' + weight_decay * w|``, see
+            :class:`fused_lars.LARS`. Returns the optimizer. Default: False.
         learning_rate() -> float
         set_learning_rate(lr)
         step(parameter_id, weights, grad): updates ``weights`` (fp32, fp64, fp16 or bf16, any shape and

@@ -21,7 +21,7 @@ from .checks import (
 _get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 
 # What the op takes as it is; most often nothing is there but these.
-_NUMBERS, _BOOLS = {float, int}, {True, False}
+_NUMBER_TYPES, _BOOLS = {float, int}, {True, False}
 
 # The op's kernel for meta tensors checks its arguments and does nothing else.
 _META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
@@ -73,12 +73,13 @@ class OpCall:
             if values[-1]:  # master_weights
                 yield from ((p, next(masters)) for p in self.params[begin:end] if p.dtype in HALF)
 
-    def run(self, grad_scale, found_inf, trust_ratios, workspace, check_only=False) -> None:
+    def run(self, grad_scale, found_inf, record, workspace, check_only=False) -> None:
+        """Makes the call; `record`, see records.py, and `workspace` may be None."""
         device = self.device
         values = hyperparameter_lists(self.hyperparameters)
         overload = "default"
         # A trace takes a number of a list for a constant, and a tensor for an input.
-        if torch.compiler.is_compiling() or not _NUMBERS.issuperset(map(type, values["lr"])):
+        if torch.compiler.is_compiling() or not _NUMBER_TYPES.issuperset(map(type, values["lr"])):
             overload = self._prepare_lr(values)
         if check_only:
             op = partial(getattr(torch.ops.fused_lars.step_, overload).redispatch, _META)
@@ -95,7 +96,8 @@ class OpCall:
                 squared_norms=self.squared_norms,
                 grad_scale=on_device(grad_scale, device),
                 found_inf=on_device(found_inf, device),
-                trust_ratios=trust_ratios,
+                trust_ratios=record and record.trust_ratios,
+                layer_norms=record and record.layer_norms,
                 workspace=workspace,
             )
 
@@ -105,7 +107,8 @@ class OpCall:
             if isinstance(lr, Tensor):
                 # The fused kernels check what the host reads; the reference does not read.
                 if self.reference and host_reads(lr):
-                    check_hyperparameters(lr.item(), group=index)
+                    of_group = {name: of_groups[index] for name, of_groups in values.items()}
+                    check_hyperparameters({**of_group, "lr": lr.item()}, index)
             else:
                 check_number("lr", lr, index)
         if not (torch.compiler.is_compiling() or any(isinstance(lr, Tensor) for lr in values["lr"])):
@@ -134,17 +137,6 @@ class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
     def __missing__(self, key) -> OpCall:
         call = self[key] = OpCall(*key)
         return call
-
-
-class TrustRatios:
-    """What a call writes the trust ratios of its parameters to, as long as they stay the same."""
-
-    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
-        self.params = list(params)
-        self.param_ids = param_ids
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.tensor = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
-        self.is_captured = False
 
 
 class Workspace:
@@ -209,7 +201,12 @@ def _resolve_adaptation(values) -> None:
 def parameter_name(group, group_index: int, index: int) -> str:
     """A parameter's name in an error."""
     name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
-    return f"parameter{name} param_groups[{group_index}]['params'][{index}]"
+    return f"parameter{name} {place_of(group_index, index)}"
+
+
+def place_of(group_index: int, index: int) -> str:
+    """Where a parameter stands in an optimizer."""
+    return f"param_groups[{group_index}]['params'][{index}]"
 
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -9,14 +9,15 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from .checks import HALF, check_group, check_params
 from .masters import WrittenParams, take_over
-from .op_call import OpCalls, TrustRatios, Workspaces, uses_ordinary_operators, way_to_compute
+from .op_call import OpCalls, Workspaces, uses_ordinary_operators, way_to_compute
 from .prepared_step import PreparedStep
+from .records import LayerNorms, Records
 from .replaced import SeenParams
 from .state_dict import check_state_dict, implementations, restore
 
 __all__ = ["LARS"]
 
-_SCRATCH = ("_trust_ratios", "_captured_trust_ratios", "_workspaces", "_written_params")
+_SCRATCH = ("_records", "_workspaces", "_written_params")
 
 
 class LARS(Optimizer):
@@ -29,6 +30,9 @@ class LARS(Optimizer):
         g' &= (\text{maximize} ? -g : g) / \text{grad\_scale} \\
         q  &= \text{trust\_coefficient} \cdot |w| / (|g'| + \text{weight\_decay} \cdot |w| + \text{eps})
               \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is 0 or NaN}) \\
+        \text{decayed\_norm:}\quad
+        q  &= \text{trust\_coefficient} \cdot |w| / (|g' + \text{weight\_decay} \cdot w| + \text{eps})
+              \quad (1 \text{ where } |w| \text{ or that norm is 0 or NaN}) \\
         u  &= q \cdot (g' + \text{weight\_decay} \cdot w)
 
     .. math::
@@ -55,6 +59,10 @@ class LARS(Optimizer):
         momentum (float): in [0, 1). At 0 no momentum buffer is kept. Default: 0.
         weight_decay (float): finite and >= 0; part of the update and of the trust ratio. Default: 0.
         trust_coefficient (float): finite and > 0. Default: 0.001.
+        decayed_norm (bool): divide by the norm of the decayed gradient, as SimCLR, BYOL, Barlow Twins,
+            VICReg, DINO, MoCo v3, MAE and optax do. The paper adds both norms. It is the norm of the vector
+            that the update scales, as computed: near ``g' = -weight_decay * w`` it is off by about one
+            rounding of ``weight_decay * |w|``. Default: False.
         eps (float): added to the trust ratio's denominator, finite and >= 0. Default: 0.
         dampening (float): in [0, 1]; with ``classic_momentum=False`` only. The first update applied to a
             parameter is not damped, as in torch. Default: 0.
@@ -113,6 +121,7 @@ class LARS(Optimizer):
         *,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        decayed_norm: bool = False,
         eps: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -131,6 +140,7 @@ class LARS(Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "decayed_norm": decayed_norm,
             "eps": eps,
             "dampening": dampening,
             "nesterov": nesterov,
@@ -166,7 +176,7 @@ class LARS(Optimizer):
         self._seen_params = seen.of_same_groups(groups, self.param_groups)
 
     def __copy__(self):
-        """A shallow copy: it shares parameters, state and groups, and what :meth:`trust_ratios` reads."""
+        """A shallow copy: it shares parameters, state and groups, and what steps record."""
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
         twin.__dict__.update({name: self.__dict__[name] for name in _SCRATCH})
@@ -178,8 +188,7 @@ class LARS(Optimizer):
 
     def _make_scratch(self) -> None:
         """What steps write and no state_dict holds: _SCRATCH."""
-        self._trust_ratios: dict[tuple, TrustRatios] = {}  # of the last step, by the keys of OpCalls
-        self._captured_trust_ratios: list[TrustRatios] = []  # that graphs go on to write
+        self._records = Records()
         self._workspaces = Workspaces()
         self._written_params = WrittenParams()
         self._prepared: PreparedStep | None = None
@@ -237,7 +246,7 @@ class LARS(Optimizer):
         # Hooks, so that hooks of users before and after see what they would see without ours.
         def before(_, state_dict) -> None:
             loaded.update(state_dict)
-            check_state_dict(state_dict, self.defaults, self.param_groups, _sharding_module())
+            check_state_dict(state_dict, self.defaults, self.param_groups, self.state, _sharding_module())
 
         def after(_) -> None:
             restore(loaded, own, self.param_groups, self.state)
@@ -349,17 +358,15 @@ class LARS(Optimizer):
         has_masters = any(call.master_params for call in calls.values())
         if has_masters and self._sharding is None:
             self._written_params.before_step(self.param_groups, self.state)
-        trust_ratios = {key: self._trust_ratios_of(key, call.params) for key, call in calls.items()}
-        is_repeated = trust_ratios == self._trust_ratios  # the calls have the parameters of the last step
-        # In place, for wrappers that hold what this optimizer once held.
-        self._trust_ratios.clear()
-        self._trust_ratios.update(trust_ratios)
+        is_repeated = self._records.take(
+            {key: self._records.of_call(key, call.params) for key, call in calls.items()}
+        )
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 workspace = self._workspaces[call.device]
-                ratios = trust_ratios[key].tensor
-                self._run(call, grad_scale, found_inf, ratios, workspace.tensor, check_only=check_only)
+                record = self._records[key]
+                self._run(call, grad_scale, found_inf, record, workspace.tensor, check_only=check_only)
                 workspace.after_use()
         if self._sharding is not None:
             self._sharding.bump_versions()
@@ -367,7 +374,7 @@ class LARS(Optimizer):
             self._written_params.after_step()
         if is_repeated:
             self._prepared = PreparedStep.of(
-                calls, self.param_groups, self.state, self._trust_ratios, self._workspaces
+                calls, self.param_groups, self.state, self._records, self._workspaces
             )
 
     def _run_prepared(self, grad_scale, found_inf) -> bool:
@@ -418,31 +425,40 @@ class LARS(Optimizer):
                 call.end_group(group, index)
         return calls
 
-    def _trust_ratios_of(self, key, params) -> TrustRatios:
-        device, ids = key[0], [*map(id, params)]
-        ratios = self._trust_ratios.get(key)
-        if ratios is None or ratios.param_ids != ids:
-            ratios = TrustRatios(device, params, ids)
-        if device.type == "cuda" and not ratios.is_captured and torch.cuda.is_current_stream_capturing():
-            ratios.is_captured = True
-            self._captured_trust_ratios.append(ratios)
-        return ratios
-
-    def trust_ratios(self) -> dict[Tensor, Tensor]:
+    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict:
         """The trust ratio q that the last step used, of every parameter that had a gradient.
 
+        Args:
+            by_name (bool): the keys are names, as in :func:`fused_lars.param_groups`; of a parameter without
+                one, its place in ``param_groups``. Default: False, the keys are parameters.
+            as_numbers (bool): the values are floats, for which the host waits for the step. Default: False.
+
         Returns:
-            A dict from parameter to a 0-dim fp64 tensor on the parameter's device (fp32 where the device has
-            no fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
+            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 where the device has no
+            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
             ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
-            1: look for NaN in gradients, not here. Steps of ordinary operators that ran under
+            1: look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
             ``torch.compile`` are not recorded.
         """
-        result: dict[Tensor, Tensor] = {}
-        for ratios in self._trust_ratios.values():
-            # A copy, since the next step overwrites the tensor.
-            result.update(zip(ratios.params, ratios.tensor.clone().unbind()))
-        return result
+        return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
+
+    def layer_norms(
+        self, *, by_name: bool = False, as_numbers: bool = False
+    ) -> dict[Tensor, LayerNorms] | dict[str, LayerNorms]:
+        """The norms that the last step took, before it changed anything, of every parameter with a gradient.
+
+        Args:
+            by_name (bool): as for :meth:`trust_ratios`.
+            as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
+
+        Returns:
+            A dict with a named tuple for each parameter: ``weight``, its L2 norm, and ``grad``, that of its
+            gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group with
+            ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions are
+            those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it
+            shows in some layers only, it began in the last of them, in the order of the forward pass.
+        """
+        return self._records.layer_norms(self.param_groups, by_name, as_numbers)
 
 
 def _sharding_module():

@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .op_call import HYPERPARAMETERS
+from .checks import HYPERPARAMETERS, NUMBERS
 
-_NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "dampening")
-_OPTIONS = (*_NUMBERS, *(name for name in HYPERPARAMETERS if name not in _NUMBERS))
-_get_options = itemgetter(*_OPTIONS)
+_get_options = itemgetter(*HYPERPARAMETERS)
 
 _ON_DEVICE = "a tensor on an accelerator"
 
@@ -65,7 +63,7 @@ class Peers:
                 options[i] = (lr.item() if lr.device.type == "cpu" else _ON_DEVICE, *others)
         if options == self._options and given == self._given:
             return
-        n = len(_NUMBERS)
+        n = len(NUMBERS)
         numbers = array("d", [-1.0 if x is _ON_DEVICE else x for row in options for x in row[:n]])
         others = [row[n:] for row in options], given
         if others != self._others:
@@ -232,7 +230,7 @@ def _difference(own, theirs, reference: int) -> str:
         where = f"the group that begins with {params[begin]}"
         if size != their_size:
             return f"has {size} shared parameters in {where}; rank {reference} has {their_size}"
-        for name, a, b in zip(_OPTIONS, values, their_values):
+        for name, a, b in zip(HYPERPARAMETERS, values, their_values):
             if a != b:
                 return f"has {name}={a!r} where rank {reference} has {b!r}, in {where}"
         begin += size

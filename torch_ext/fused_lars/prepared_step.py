@@ -5,8 +5,9 @@ from operator import is_, itemgetter
 import torch
 from torch import Tensor
 
-from .checks import HYPERPARAMETERS
+from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES
 from .op_call import OpCall, hyperparameter_lists, on_device
+from .records import Record
 
 _get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
 _MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
@@ -22,8 +23,8 @@ class PreparedStep:
     parameters and state are still the same is seen by identity. Whatever else changed in them, the op checks.
     """
 
-    def __init__(self, call: OpCall, param_groups, state, trust_ratios: Tensor, workspace) -> None:
-        self._device, self._trust_ratios, self._workspace = call.device, trust_ratios, workspace
+    def __init__(self, call: OpCall, param_groups, state, record: Record, workspace) -> None:
+        self._device, self._record, self._workspace = call.device, record, workspace
         self._params = [[*group["params"]] for group in param_groups]
         self._options: list[tuple] = []
         self._kept = [*map(_needs, map(_get_options, param_groups))]
@@ -43,7 +44,7 @@ class PreparedStep:
         self._run = self._call.run
 
     @classmethod
-    def of(cls, calls, param_groups, state, trust_ratios, workspaces) -> "PreparedStep | None":
+    def of(cls, calls, param_groups, state, records, workspaces) -> "PreparedStep | None":
         """The step that `calls` were. None where it cannot be prepared: several calls, ordinary operators, lr
         as a tensor, DTensors.
         """
@@ -55,7 +56,7 @@ class PreparedStep:
         if any(isinstance(group["lr"], Tensor) for group in param_groups):
             return None
         try:
-            return cls(call, param_groups, state, trust_ratios[key].tensor, workspaces[call.device])
+            return cls(call, param_groups, state, records[key], workspaces[call.device])
         except KeyError:
             return None  # parameters that keep different kinds of state
 
@@ -78,7 +79,8 @@ class PreparedStep:
             done = self._run(
                 on_device(grad_scale, self._device),
                 on_device(found_inf, self._device),
-                self._trust_ratios,
+                self._record.trust_ratios,
+                self._record.layer_norms,
                 self._workspace.tensor,
             )
         except ValueError:
@@ -107,7 +109,7 @@ class PreparedStep:
             return False
         try:
             values = hyperparameter_lists([o[: len(HYPERPARAMETERS)] for o in options])
-            self._call.set_hyperparameters(*values.values())
+            self._call.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
         except (RuntimeError, TypeError, ValueError):
             return False
         self._options = options

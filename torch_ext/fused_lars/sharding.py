@@ -126,7 +126,8 @@ class Sharding:
         for rank_set in self._rank_sets:
             device = rank_set.device
             if device not in norms:
-                norms[device] = _Norms(on_device(found_inf, device))
+                grad_scale = on_device(getattr(optimizer, "grad_scale", None), device)
+                norms[device] = _Norms(on_device(found_inf, device), grad_scale)
             for group_index, params in rank_set.parts.items():
                 group = optimizer.param_groups[group_index]
                 if group["differentiable"] and rank_set.peers is not None:
@@ -144,7 +145,7 @@ class Sharding:
                 call = calls[(device, *way_to_compute(group, group_index, device))]
                 call.add_lists(lists, local)
                 call.end_group(group, group_index)
-                norms[device].add(call, params, local, rank_set, optimizer.state)
+                norms[device].add(call, group, params, local, rank_set, optimizer.state)
             norms[device].end(rank_set)
         if not self._peers:
             return
@@ -160,7 +161,7 @@ class Sharding:
         for device, of_device in norms.items():
             try:
                 of_device.take(self._workspaces[device])
-            except ValueError:
+            except (RuntimeError, TypeError, ValueError):
                 self._check(optimizer, calls)  # which knows the parameter's name
                 raise
 
@@ -193,16 +194,19 @@ class Sharding:
 class _Norms:
     """The rows of one norms op, those of a set of ranks together, which make its message."""
 
-    def __init__(self, found_inf: Tensor | None) -> None:
+    def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         self._found_inf = found_inf
+        self._grad_scale = grad_scale
+        self._group_sizes: list[int] = []
+        self._options: list[tuple[float, bool, bool]] = []  # of each group, what norms depend on
         self._weights: list[Tensor] = []
         self._grads: list[Tensor] = []
-        self._without_grad: list[int] = []
+        self._without_grad: dict[int, float] = {}  # rows, and what |w|^2 counts there as a gradient
         self._begin = 0
         self._spans: list[tuple[int, int, Peers]] = []
         self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
 
-    def add(self, call: OpCall, params: list[Tensor], local, rank_set: _RankSet, state) -> None:
+    def add(self, call: OpCall, group, params: list[Tensor], local, rank_set: _RankSet, state) -> None:
         """Adds a row for each of `params` that has a gradient, and for the others too where they are shared.
 
         `local` has the local lists of those that have a gradient.
@@ -211,6 +215,8 @@ class _Norms:
         if masters:
             masters = iter(masters)
             weights = [next(masters) if w.dtype in HALF else w for w in weights]
+        decay = group["weight_decay"] if group["decayed_norm"] else 0.0
+        first = len(self._weights)
         runs = self._runs[call]
         done = 0
         # Most often all have one, and need not be asked again.
@@ -232,7 +238,12 @@ class _Norms:
                 # Ranks that have a gradient need this shard's part of the weight's norm.
                 self._weights += (_weight_without_grad(p, state) for p in members)
                 self._grads += self._weights[begin:]
-                self._without_grad += range(begin, len(self._weights))
+                self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), decay * decay))
+        self._end_group(len(self._weights) - first, (decay, group["maximize"], group["decayed_norm"]))
+
+    def _end_group(self, size: int, options: tuple[float, bool, bool]) -> None:
+        self._group_sizes.append(size)
+        self._options.append(options)
 
     def end(self, rank_set: _RankSet) -> None:
         if rank_set.peers is not None:
@@ -240,18 +251,31 @@ class _Norms:
             last = self._weights[0].new_empty(0) if self._found_inf is None else self._found_inf
             self._weights.append(last)
             self._grads.append(last)
+            self._end_group(1, (0.0, False, False))
             self._spans.append((self._begin, len(self._weights), rank_set.peers))
         self._begin = len(self._weights)
 
     def take(self, workspace: Workspace) -> None:
         if not self._spans:
             return  # nothing is shared: the step takes its norms itself
-        ops = torch.ops.fused_lars
-        self._norms = ops.squared_norms(self._weights, self._grads, workspace=workspace.tensor)
+        weight_decay, maximize, decayed_norm = map(list, zip(*self._options))
+        self._norms = torch.ops.fused_lars.squared_norms.groups(
+            self._weights,
+            self._grads,
+            self._group_sizes,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            decayed_norm=decayed_norm,
+            grad_scale=self._grad_scale,
+            workspace=workspace.tensor,
+        )
         workspace.after_use()
         if self._without_grad:
-            rows = torch.tensor(self._without_grad, device="cpu").to(self._norms.device, non_blocking=True)
-            self._norms[:, 1].index_fill_(0, rows, 0.0)
+            rows = torch.tensor([*self._without_grad], device="cpu")
+            rows = rows.to(self._norms.device, non_blocking=True)
+            factors = torch.tensor([*self._without_grad.values()], dtype=self._norms.dtype, device="cpu")
+            factors = factors.to(self._norms.device, non_blocking=True)
+            self._norms[rows, 1] = torch.where(factors > 0.0, self._norms[rows, 0] * factors, 0.0)
 
     def messages(self) -> list[tuple[Peers, Tensor]]:
         result = [(peers, self._norms[begin:end]) for begin, end, peers in self._spans]

@@ -34,8 +34,11 @@ def restore(state_dict, implementations, param_groups, state) -> None:
                 state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
 
 
-def check_state_dict(state_dict, defaults, param_groups, sharding) -> None:
-    """Checks a state_dict that is to be loaded into `param_groups`; `sharding` is sharding.py or None."""
+def check_state_dict(state_dict, defaults, param_groups, state, sharding) -> None:
+    """Checks a state_dict that is to be loaded in the place of `param_groups` and `state`.
+
+    `sharding` is sharding.py or None.
+    """
     missing = {"state", "param_groups"} - set(state_dict)
     if missing:
         raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
@@ -51,8 +54,16 @@ def check_state_dict(state_dict, defaults, param_groups, sharding) -> None:
     )
     if saved != own:
         return  # the base class has the error
+    # What a wrapper has put there beside ours, as a Lookahead does, it may load again.
+    known = {*_STATE, *(key for values in state.values() for key in values)}
     for saved_id, param in _saved_ids(state_dict, param_groups):
-        for key, value in state_dict["state"].get(saved_id, {}).items():
+        values = state_dict["state"].get(saved_id, {})
+        if unknown := [key for key in values if key not in known]:
+            raise ValueError(
+                f"parameter {saved_id} in the state_dict has the state {unknown}; allowed: {list(_STATE)}. "
+                "fused_lars.convert_state_dict takes over the state of other optimizers"
+            )
+        for key, value in values.items():
             # None stands for what is not there, as in older states of torch's SGD.
             if key in _STATE and value is not None:
                 _check_state(saved_id, key, value, param)

@@ -18,11 +18,31 @@ struct Hyperparameters {
   bool maximize = false;
   bool trust_clip = false;
   bool layer_adaptation = true;
+  bool decayed_norm = false;  // the ratio divides by |g' + weight_decay * w|
   bool classic_momentum = true;
   bool master_weights = false;  // fp16 and bf16 parameters only; others are their own masters
 
   bool operator==(const Hyperparameters&) const = default;
 };
+
+// Calls visit(name, member) for every field, in the order in which the ops have them. The ops' schemas and
+// their arguments, what optimizers hand over and what they store follow from it.
+template <typename Visit>
+void for_each_hyperparameter(const Visit& visit) {
+  visit("lr", &Hyperparameters::lr);
+  visit("momentum", &Hyperparameters::momentum);
+  visit("weight_decay", &Hyperparameters::weight_decay);
+  visit("trust_coefficient", &Hyperparameters::trust_coefficient);
+  visit("eps", &Hyperparameters::eps);
+  visit("dampening", &Hyperparameters::dampening);
+  visit("nesterov", &Hyperparameters::nesterov);
+  visit("maximize", &Hyperparameters::maximize);
+  visit("trust_clip", &Hyperparameters::trust_clip);
+  visit("layer_adaptation", &Hyperparameters::layer_adaptation);
+  visit("decayed_norm", &Hyperparameters::decayed_norm);
+  visit("classic_momentum", &Hyperparameters::classic_momentum);
+  visit("master_weights", &Hyperparameters::master_weights);
+}
 
 // Throws the typed error of the first value that is out of range; `group` is named in its message
 // unless negative.

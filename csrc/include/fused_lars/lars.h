@@ -69,6 +69,7 @@ class FUSED_LARS_API Lars final : public torch::CustomClassHolder, public Learni
   Lars& with_momentum(double momentum);                    // InvalidMomentum unless in [0, 1)
   Lars& with_weight_decay(double weight_decay);            // InvalidWeightDecay unless finite and >= 0
   Lars& with_trust_coefficient(double trust_coefficient);  // InvalidTrustCoefficient unless finite and > 0
+  Lars& with_decayed_norm(bool decayed_norm);              // false unless called: see csrc/rule.h
 
   double learning_rate() const override { return hyperparameters_.lr; }
   void set_learning_rate(double lr) override;
@@ -81,8 +82,9 @@ class FUSED_LARS_API Lars final : public torch::CustomClassHolder, public Learni
   // equally long and no id comes twice (InvalidOption).
   void step_all(at::IntArrayRef ids, at::TensorList weights, at::TensorList grads);
 
-  // All of an instance as values that can be stored: a format version, lr, momentum, weight decay and trust
-  // coefficient, then the ids and their buffers. from_state copies the buffers, state does not.
+  // All of an instance as values that can be stored: a format version, lr, momentum, weight decay, trust
+  // coefficient and decayed_norm (0 or 1), then the ids and their buffers. from_state copies the buffers,
+  // state does not.
   using State = std::tuple<int64_t, std::vector<double>, std::vector<int64_t>, std::vector<at::Tensor>>;
   State state() const;
   static Lars from_state(const State& state);

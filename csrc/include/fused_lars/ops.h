@@ -21,6 +21,7 @@ struct StepOptions {
   std::optional<at::Tensor> grad_scale = {};
   std::optional<at::Tensor> found_inf = {};
   std::optional<at::Tensor> trust_ratios = {};
+  std::optional<at::Tensor> layer_norms = {};
   std::optional<at::Tensor> workspace = {};
 };
 

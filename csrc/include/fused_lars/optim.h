@@ -6,6 +6,8 @@
 
 #include <memory>
 #include <optional>
+#include <set>
+#include <string>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -39,20 +41,16 @@ class FUSED_LARS_API LayerAdaptation {
   enum Kind : uint8_t { kOff, kOn, kDecayed } kind_;
 };
 
-// As TORCH_ARG, and remembers that the option was given.
-#define FUSED_LARS_OPTION(T, name)                   \
- public:                                             \
-  LARSOptions& name(const T& value) {                \
-    name##_ = value;                                 \
-    name##_given_ = true;                            \
-    return *this;                                    \
-  }                                                  \
-  const T& name() const noexcept { return name##_; } \
-  T& name() noexcept { return name##_; }             \
-                                                     \
- private:                                            \
-  bool name##_given_ = false;                        \
-  T name##_ = Hyperparameters{}.name
+// The accessors of TORCH_ARG for `field`; the setter remembers that the option was given.
+#define FUSED_LARS_OPTION(T, name, field)          \
+  LARSOptions& name(const T& value) {              \
+    field = value;                                 \
+    given_.insert(#name);                          \
+    return *this;                                  \
+  }                                                \
+  const T& name() const noexcept { return field; } \
+  T& name() noexcept { return field; }             \
+  static_assert(true)
 
 // The options of an optimizer or of a param group. Meaning and ranges: fused_lars/hyperparameters.h. Used as
 // torch::optim::SGDOptions is: options.lr(0.1).momentum(0.9), and options.lr() is a double&.
@@ -64,20 +62,20 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
   LARSOptions() = default;
   LARSOptions(double lr);  // NOLINT(google-explicit-constructor): as torch::optim::SGDOptions
 
-  FUSED_LARS_OPTION(double, lr);
-  FUSED_LARS_OPTION(double, momentum);
-  FUSED_LARS_OPTION(double, weight_decay);
-  FUSED_LARS_OPTION(double, trust_coefficient);
-  FUSED_LARS_OPTION(double, eps);
-  FUSED_LARS_OPTION(double, dampening);
-  FUSED_LARS_OPTION(bool, nesterov);
-  FUSED_LARS_OPTION(bool, maximize);
-  FUSED_LARS_OPTION(bool, trust_clip);
-  FUSED_LARS_OPTION(LayerAdaptation, layer_adaptation);
-  FUSED_LARS_OPTION(bool, classic_momentum);
-  FUSED_LARS_OPTION(bool, master_weights);
+  FUSED_LARS_OPTION(double, lr, values_.lr);
+  FUSED_LARS_OPTION(double, momentum, values_.momentum);
+  FUSED_LARS_OPTION(double, weight_decay, values_.weight_decay);
+  FUSED_LARS_OPTION(double, trust_coefficient, values_.trust_coefficient);
+  FUSED_LARS_OPTION(double, eps, values_.eps);
+  FUSED_LARS_OPTION(double, dampening, values_.dampening);
+  FUSED_LARS_OPTION(bool, nesterov, values_.nesterov);
+  FUSED_LARS_OPTION(bool, maximize, values_.maximize);
+  FUSED_LARS_OPTION(bool, trust_clip, values_.trust_clip);
+  FUSED_LARS_OPTION(LayerAdaptation, layer_adaptation, layer_adaptation_);
+  FUSED_LARS_OPTION(bool, decayed_norm, values_.decayed_norm);
+  FUSED_LARS_OPTION(bool, classic_momentum, values_.classic_momentum);
+  FUSED_LARS_OPTION(bool, master_weights, values_.master_weights);
 
- public:
   Hyperparameters hyperparameters() const;
   // These options, with what was not given taken from `defaults`.
   LARSOptions inherit(const LARSOptions& defaults) const;
@@ -89,8 +87,9 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
   FUSED_LARS_API friend bool operator==(const LARSOptions& left, const LARSOptions& right);
 
  private:
-  template <typename Visit>
-  static void for_each_option(Visit visit);
+  Hyperparameters values_;  // but for layer_adaptation
+  LayerAdaptation layer_adaptation_ = true;
+  std::set<std::string> given_;
 };
 
 #undef FUSED_LARS_OPTION

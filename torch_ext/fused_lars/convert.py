@@ -1,0 +1,100 @@
+"""From a checkpoint of another optimizer to one of LARS."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .op_call import place_of
+
+__all__ = ["convert_state_dict"]
+
+
+class _Source(NamedTuple):
+    """How another optimizer keeps its momentum."""
+
+    key: str
+    sign: float  # of the buffer, beside ours
+    classic_momentum: bool  # the learning rate is part of the buffer
+
+
+_SOURCES = {
+    "sgd": _Source("momentum_buffer", 1.0, classic_momentum=False),
+    "mu": _Source("mu", 1.0, classic_momentum=False),
+    "apex": _Source("momentum_buffer", -1.0, classic_momentum=True),
+}
+
+
+def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) -> dict:
+    """Makes a state_dict of :class:`fused_lars.LARS` from one of another optimizer.
+
+    Momentum is taken over, hyperparameters are not: they stay those of ``optimizer``. Where one of both has
+    the learning rate in its buffer and the other has not (``classic_momentum``), buffers are multiplied or
+    divided by the learning rate in the state_dict's group. The run then goes on as before at a constant
+    learning rate; under a schedule the steps before keep the present rate and not their own.
+
+    Args:
+        state_dict (dict): the other optimizer's ``state_dict()``.
+        optimizer (LARS): the optimizer that is to load the result. It is not changed.
+        source (str): "sgd" for ``torch.optim.SGD`` and what keeps momentum as it does: timm, lightly,
+            lightning-bolts, solo-learn, pytorch_optimizer, and what torchlars and apex's LARC wrap (SwAV,
+            VISSL). "mu" for the LARS of Barlow Twins, VICReg, DINO, MoCo v3 and MAE. "apex" for apex's
+            FusedLARS, whose buffers have the other sign.
+        params (iterable, optional): the parameters in the order in which the other optimizer got them, such
+            as ``model.parameters()``. Default: the order of ``optimizer``.
+
+    Returns:
+        A dict for :meth:`fused_lars.LARS.load_state_dict`.
+
+    Raises:
+        ValueError: an unknown source, other parameters than the optimizer's, state of other names or shapes,
+            or a learning rate of 0 to divide by.
+
+    Example:
+        >>> optimizer = fused_lars.LARS(fused_lars.param_groups(model, 1e-6), lr=0.2, momentum=0.9,
+        ...                             classic_momentum=False, decayed_norm=True)
+        >>> state = fused_lars.convert_state_dict(theirs, optimizer, "mu", model.parameters())
+        >>> optimizer.load_state_dict(state)
+    """
+    if source not in _SOURCES:
+        raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
+    key, sign, is_classic = _SOURCES[source]
+    own = {
+        id(p): (group, group_index, index)
+        for group_index, group in enumerate(optimizer.param_groups)
+        for index, p in enumerate(group["params"])
+    }
+    params = [p for group in optimizer.param_groups for p in group["params"]] if params is None else [*params]
+    saved = [(saved_id, group) for group in state_dict["param_groups"] for saved_id in group["params"]]
+    if len(saved) != len(params):
+        raise ValueError(f"the state_dict has {len(saved)} parameters; expected {len(params)}")
+
+    result = optimizer.state_dict()
+    state = {}
+    for number, ((saved_id, saved_group), param) in enumerate(zip(saved, params)):
+        if id(param) not in own:
+            raise ValueError(f"params[{number}], of shape {tuple(param.shape)}, is not the optimizer's")
+        group, group_index, index = own[id(param)]
+        values = state_dict["state"].get(saved_id, {})
+        if others := sorted(name for name in values if name != key):
+            raise ValueError(f"parameter {saved_id} has the state {others}; expected of {source!r}: {key!r}")
+        buffer = values.get(key)
+        if buffer is None:
+            continue
+        place = place_of(group_index, index)
+        if not isinstance(buffer, Tensor) or buffer.shape != param.shape:
+            shape = tuple(buffer.shape) if isinstance(buffer, Tensor) else repr(buffer)
+            raise ValueError(
+                f"{key} of parameter {saved_id} has shape {shape}; expected that of {place}, "
+                f"{tuple(param.shape)}: pass params in the order of the state_dict"
+            )
+        factor = sign
+        if is_classic != group["classic_momentum"]:
+            lr = float(saved_group["lr"])
+            if is_classic and lr == 0.0:
+                raise ValueError(
+                    f"lr of parameter {saved_id} is 0 in the state_dict; expected > 0, since its buffer "
+                    f"holds the learning rate and that of {place} does not"
+                )
+            factor = factor / lr if is_classic else factor * lr
+        state[result["param_groups"][group_index]["params"][index]] = {"momentum_buffer": factor * buffer}
+    return {**result, "state": state}

@@ -1,0 +1,84 @@
+"""What steps leave to be looked at: the trust ratio and the norms of every parameter."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .op_call import place_of
+
+
+class LayerNorms(NamedTuple):
+    """The L2 norms of a parameter in a step; JSON has no tuples and makes a list of it."""
+
+    weight: Tensor | float
+    grad: Tensor | float
+
+
+class Record:
+    """What a call writes the trust ratios and norms of its parameters to, as long as they stay the same."""
+
+    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
+        self.params = list(params)
+        self.param_ids = param_ids
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
+        self.layer_norms = torch.full((len(params), 2), torch.nan, dtype=dtype, device=device)
+        self.is_captured = False
+
+
+class Records(dict[tuple, Record]):
+    """The records of the last step, by the keys of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._captured: list[Record] = []  # that graphs go on to write
+
+    def of_call(self, key, params: list[Tensor]) -> Record:
+        """What a call is to write: that of the last step, or a new one where the parameters are others."""
+        device, ids = key[0], [*map(id, params)]
+        record = self.get(key)
+        if record is None or record.param_ids != ids:
+            record = Record(device, params, ids)
+        if device.type == "cuda" and not record.is_captured and torch.cuda.is_current_stream_capturing():
+            record.is_captured = True
+            self._captured.append(record)
+        return record
+
+    def take(self, records: dict[tuple, Record]) -> bool:
+        """Makes `records` those of the last step, in place, since wrappers hold what an optimizer once held.
+
+        Returns whether they were that already: the calls have the parameters of the step before.
+        """
+        is_repeated = records == self
+        self.clear()
+        self.update(records)
+        return is_repeated
+
+    def trust_ratios(self, param_groups, by_name: bool, as_numbers: bool) -> dict:
+        values: dict = {}
+        for record in self.values():
+            values.update(zip(record.params, _rows(record.trust_ratios, as_numbers)))
+        return _named(values, param_groups) if by_name else values
+
+    def layer_norms(self, param_groups, by_name: bool, as_numbers: bool) -> dict:
+        values: dict = {}
+        for record in self.values():
+            columns = (_rows(column, as_numbers) for column in record.layer_norms.unbind(1))
+            values.update(zip(record.params, map(LayerNorms, *columns)))
+        return _named(values, param_groups) if by_name else values
+
+
+def _rows(tensor: Tensor, as_numbers: bool):
+    # A copy, since the next step overwrites the tensor.
+    return tensor.tolist() if as_numbers else tensor.clone().unbind()
+
+
+def _named(values: dict, param_groups) -> dict:
+    result = {}
+    for group_index, group in enumerate(param_groups):
+        names = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            if param in values:
+                result[names[index] if names else place_of(group_index, index)] = values[param]
+    return result
