@@ -11,7 +11,8 @@ Checkpoints go to OUTPUT/step-N, and the same command goes on from the newest th
 processes the run is the same to the bit as one that was never interrupted, since a step's images, their
 augmentation and its random numbers depend on the seed and the step alone. With another number of processes it
 is the same to rounding. Other hyperparameters are another run, which wants another OUTPUT. OUTPUT/log.csv has
-loss and learning rate, OUTPUT/trust_ratios.csv a column for each layer.
+loss and learning rate; trust_ratios.csv, weight_norms.csv and grad_norms.csv have a column for each layer.
+plot_layers.py draws them.
 """
 
 import argparse
@@ -125,9 +126,12 @@ def build_model(options, classes: int, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def build_optimizer(options, model: nn.Module, steps_an_epoch: int):
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    groups = fused_lars.param_groups(module, weight_decay=options.weight_decay)
+    groups = fused_lars.param_groups(without_ddp(model), weight_decay=options.weight_decay)
     optimizer = fused_lars.LARS(
         groups, lr=options.lr, momentum=options.momentum, trust_coefficient=options.trust_coefficient
     )
@@ -282,6 +286,26 @@ class Log:
         self.writer.writerow([step, *(f"{value:.6g}" for value in values)])
 
 
+class LayerLogs:
+    """Trust ratios of the layers that are adapted, and norms of all, as the last step had them."""
+
+    def __init__(self, output: pathlib.Path, model: nn.Module, optimizer, step: int) -> None:
+        self.optimizer = optimizer
+        adapted = {name for g in optimizer.param_groups if g["layer_adaptation"] for name in g["param_names"]}
+        self.all = [name for name, _ in without_ddp(model).named_parameters()]
+        self.adapted = [name for name in self.all if name in adapted]
+        self.ratios = Log(output / "trust_ratios.csv", self.adapted, step)
+        self.weight_norms = Log(output / "weight_norms.csv", self.all, step)
+        self.grad_norms = Log(output / "grad_norms.csv", self.all, step)
+
+    def write(self, step: int) -> None:
+        ratios = self.optimizer.trust_ratios(by_name=True, as_numbers=True)
+        norms = self.optimizer.layer_norms(by_name=True, as_numbers=True)
+        self.ratios.write(step, [ratios[name] for name in self.adapted])
+        self.weight_norms.write(step, [norms[name].weight for name in self.all])
+        self.grad_norms.write(step, [norms[name].grad for name in self.all])
+
+
 def autocast(device: torch.device):
     """bf16 on a GPU; on a CPU fp32, since many have no fast convolution in bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
@@ -339,15 +363,10 @@ def train(options, device: torch.device) -> Run:
     sampler = MicroBatches(len(training), options, run.step, last)
     pin = device.type == "cuda"
     loader = iter(DataLoader(training, batch_sampler=sampler, num_workers=options.workers, pin_memory=pin))
-    adapted = {}  # the layers that have a trust ratio
-    for group in optimizer.param_groups:
-        if group["layer_adaptation"]:
-            adapted.update(zip(group["param_names"], group["params"]))
-
     first_rank = dist.get_rank() == 0
     if first_rank:
         log = Log(options.output / "log.csv", ["epoch", "loss", "lr", "accuracy"], run.step)
-        ratio_log = Log(options.output / "trust_ratios.csv", [*adapted], run.step)
+        layer_logs = LayerLogs(options.output, model, optimizer, run.step)
     model.train()
     every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log needs fewer lines
     with tqdm(total=last, initial=run.step, unit="step", disable=not first_rank, mininterval=every) as bar:
@@ -363,9 +382,9 @@ def train(options, device: torch.device) -> Run:
             if ends_epoch or run.step % options.log_every == 0:
                 dist.all_reduce(loss)
                 if first_rank:
-                    epoch, loss, ratios = run.step / steps_an_epoch, loss.item(), optimizer.trust_ratios()
+                    epoch, loss = run.step / steps_an_epoch, loss.item()
                     log.write(run.step, [epoch, loss, lr, top1])
-                    ratio_log.write(run.step, torch.stack([ratios[p] for p in adapted.values()]).tolist())
+                    layer_logs.write(run.step)
                     bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.3g}", refresh=False)
                     if ends_epoch:
                         bar.write(f"epoch {epoch:.0f}: loss {loss:.3f}, top-1 {100 * top1:.2f} %")

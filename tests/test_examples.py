@@ -32,10 +32,10 @@ def run(*arguments, path=()):
     return done.stdout
 
 
-def has_colour(image, colour):
+def has_colour(image, colour, pixels=200, tolerance=0.01):
     """Whether a plot shows at least a short line of a colour, #rrggbb."""
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return (np.abs(image[..., :3] - wanted).max(axis=-1) < 0.01).sum() > 200
+    return (np.abs(image[..., :3] - wanted).max(axis=-1) < tolerance).sum() > pixels
 
 
 # 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
@@ -163,3 +163,29 @@ def test_a_program_without_python_trains_what_python_saved(tmp_path):
     )
     assert "libfused_lars" in linked.stdout
     assert "python" not in re.sub(r"=> \S+", "", linked.stdout)
+
+
+def test_layers_are_drawn_and_the_first_nan_is_named(tmp_path):
+    """A gradient that is NaN from step 4 on, in the middle of three layers first."""
+    names = ["0.weight", "1.weight", "2.weight"]
+    for file in ("trust_ratios.csv", "weight_norms.csv", "grad_norms.csv"):
+        lines = [",".join(["step", *names])]
+        for step in range(1, 7):
+            first_bad = {1: 4, 0: 5}  # by layer
+            values = [
+                "nan"
+                if file == "grad_norms.csv" and step >= first_bad.get(layer, 99)
+                else (1 + layer) * 1.5**step
+                for layer in range(3)
+            ]
+            lines.append(",".join(map(str, [step, *values])))
+        (tmp_path / file).write_text("\n".join(lines) + "\n")
+    printed = run("examples/plot_layers.py", tmp_path, "--output", tmp_path / "all.png")
+    assert "grad_norms.csv: first value that is not finite, step 4: 1.weight\n" in printed
+    assert printed.count("not finite") == 1
+    thin = {"pixels": 10, "tolerance": 0.15}  # smoothed edges
+    image = matplotlib.image.imread(tmp_path / "all.png")
+    assert all(has_colour(image, colour, **thin) for colour in ("#440154", "#fde725", "#ff0000"))
+    printed = run("examples/plot_layers.py", tmp_path, "--only", "2.", "--output", tmp_path / "one.png")
+    assert "not finite" not in printed
+    assert not has_colour(matplotlib.image.imread(tmp_path / "one.png"), "#ff0000", **thin)

@@ -84,6 +84,12 @@ def test_trains_and_goes_on(parallel, data, tmp_path):
     assert len(ratios) == STEPS
     assert len(ratios[0]) == 1 + 21  # resnet18 has 20 convolutions and a linear layer
     assert 0 < float(ratios[-1]["layer1.0.conv1.weight"]) < 1
+    weights, grads = rows(whole / "weight_norms.csv"), rows(whole / "grad_norms.csv")
+    assert len(weights) == len(grads) == STEPS
+    assert len(weights[0]) == len(grads[0]) == 1 + 62  # batch normalisation and the bias too
+    w, g = (float(norms[-1]["layer1.0.conv1.weight"]) for norms in (weights, grads))
+    q = 0.03 * w / (g + 5e-5 * w)  # the preset's weight decay
+    assert float(ratios[-1]["layer1.0.conv1.weight"]) == pytest.approx(q, rel=1e-4)
 
     assert sorted(int(p.name[5:]) for p in whole.glob("step-*")) == [5, 10, 15, 16]
     shutil.copytree(whole, resumed)
@@ -92,7 +98,7 @@ def test_trains_and_goes_on(parallel, data, tmp_path):
     third, fourth = run_on_ranks(2, train, arguments=[*arguments, f"--output={resumed}"])
     assert all(map(torch.equal, first, third))
     assert all(map(torch.equal, first, fourth))
-    for name in ("log.csv", "trust_ratios.csv"):
+    for name in ("log.csv", "trust_ratios.csv", "weight_norms.csv", "grad_norms.csv"):
         assert (whole / name).read_text() == (resumed / name).read_text()
 
 

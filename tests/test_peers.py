@@ -302,17 +302,27 @@ def test_classic_form(skipped_decay, nesterov, eps):
 # ---------------------------------------------------------------- optax
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_optax(momentum, nesterov):
-    """Without decay; with decay optax takes the norm of the decayed gradient, which is another rule."""
+def test_optax(momentum, nesterov, weight_decay):
+    """It takes the norm of the decayed gradient."""
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     jax.config.update("jax_enable_x64", True)
     rates = [0.3 * (1 + step % 4) for step in range(STEPS)]
     params = make_params(torch.float64)
-    ours = LARS(params, lr=0.3, momentum=momentum, nesterov=nesterov, trust_coefficient=0.2)
+    ours = LARS(
+        params,
+        lr=0.3,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        trust_coefficient=0.2,
+        decayed_norm=True,
+    )
     theirs = optax.lars(
         lambda count: jax.numpy.asarray(rates)[count],
+        weight_decay=weight_decay,
         momentum=momentum,
         nesterov=nesterov,
         trust_coefficient=0.2,
