@@ -17,7 +17,11 @@ class Trainer(torch.nn.Module):
         self.output = torch.nn.Linear(32, 5)
         self.to(device)
         self.optimizer = (
-            fused_lars.Lars(2.0).with_momentum(0.9).with_weight_decay(1e-3).with_trust_coefficient(0.02)
+            fused_lars.Lars(2.0)
+            .with_momentum(0.9)
+            .with_weight_decay(1e-3)
+            .with_trust_coefficient(0.02)
+            .with_decayed_norm(True)
         )
 
     def forward(self, x: Tensor) -> Tensor:

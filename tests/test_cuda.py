@@ -34,13 +34,16 @@ def state_of(optimizer) -> list[torch.Tensor]:
     return [x.detach().clone() for p in params for x in (p, optimizer.state[p]["momentum_buffer"])]
 
 
-def test_captured_steps_are_eager_steps_cuda():
+@pytest.mark.parametrize("decayed_norm", [False, True])
+def test_captured_steps_are_eager_steps_cuda(decayed_norm):
     """A replay follows a new lr and new gradients, and an overflow in between changes nothing."""
     script = [(0.5, 1.0, 0.0), (0.25, -2.0, 0.0), (0.25, 3.0, 1.0), (0.125, 3.0, 0.0), (0.125, 1.0, 2.0)]
 
     def prepare():
         params = make_params()
         optimizer = LARS(groups_of(params), lr=torch.tensor(0.5, device="cuda"), capturable=True, **OPTIONS)
+        for group in optimizer.param_groups:
+            group["decayed_norm"] = decayed_norm
         optimizer.grad_scale = torch.tensor(4.0, device="cuda")
         optimizer.found_inf = torch.tensor(0.0, device="cuda")
         first = [p.grad.clone() for p in params]
@@ -71,6 +74,8 @@ def test_captured_steps_are_eager_steps_cuda():
         torch.cuda.synchronize()
         after = state_of(optimizer)
         assert all(map(same_bits, after, state_of(expected)))
+        for norms in zip(optimizer.layer_norms().values(), expected.layer_norms().values(), strict=True):
+            assert all(map(same_bits, *norms))
         # Without this a graph that does nothing and an optimizer that does nothing would agree.
         assert all(map(same_bits, before, after)) == (inputs[2] != 0.0)
 

@@ -83,7 +83,8 @@ def test_follows_the_rule(device, dtype):
     )
 
 
-def test_gives_the_bits_of_the_optimizer_class(device):
+@pytest.mark.parametrize("decayed_norm", [False, True])
+def test_gives_the_bits_of_the_optimizer_class(device, decayed_norm):
     shapes = [(64, 9), (300,), (), (0, 4)]
     weights = tensors(device, *shapes)
     params = [torch.nn.Parameter(w.clone()) for w in weights]
@@ -93,9 +94,10 @@ def test_gives_the_bits_of_the_optimizer_class(device):
         RULE.momentum,
         weight_decay=RULE.weight_decay,
         trust_coefficient=RULE.trust_coefficient,
+        decayed_norm=decayed_norm,
         fused=True,
     )
-    together, apart, nodes = make(), make(), make()
+    together, apart, nodes = (make().with_decayed_norm(decayed_norm) for _ in range(3))
     alone, leaves = [w.clone() for w in weights], [w.clone().requires_grad_() for w in weights]
     for seed in range(1, 4):
         for values, param, leaf in zip(tensors(device, *shapes, seed=seed), params, leaves):
