@@ -13,6 +13,9 @@ NUMBERS = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind()
 SWITCHES = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "BoolType")
 HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
+# What an optimizer keeps for a parameter.
+STATE = ("momentum_buffer", "master_param", "step")
+
 # Parameters of these dtypes may have fp32 state.
 HALF = (torch.float16, torch.bfloat16)
 

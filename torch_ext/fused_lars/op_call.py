@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from operator import itemgetter
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from .checks import (
     FUSED_DEVICES,
     HALF,
     HYPERPARAMETERS,
+    STATE,
     check_adaptation,
     check_hyperparameters,
     check_number,
@@ -61,6 +62,10 @@ class OpCall:
         compiling = torch.compiler.is_compiling()
         values = tuple(group[name] for name in HYPERPARAMETERS) if compiling else _get_hyperparameters(group)
         self.hyperparameters.append(values)
+
+    def take_hyperparameters(self, param_groups) -> None:
+        """Takes what the call's groups have now."""
+        self.hyperparameters = [_get_hyperparameters(param_groups[index]) for index in self.group_indices]
 
     def group_sizes(self) -> list[int]:
         return [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)]
@@ -129,6 +134,24 @@ class OpCall:
                 if any(tensor is t for t in (p, p.grad, *state.get(p, {}).values())):
                     return f"{text} ({parameter_name(group, group_index, index)})"
         return text
+
+
+class SameState:
+    """Whether an optimizer still keeps the same tensors for the same parameters, by identity."""
+
+    def __init__(self, state) -> None:
+        self._params = [*state]
+        keys = [key for key in STATE if any(key in values for values in state.values())]
+        # KeyError: parameters that keep different kinds of state.
+        self._tensors = [(get, [*map(get, state.values())]) for get in map(itemgetter, keys)]
+
+    def is_still(self, state) -> bool:
+        if len(state) != len(self._params) or not all(map(is_, state, self._params)):
+            return False
+        try:
+            return all(all(map(is_, map(get, state.values()), tensors)) for get, tensors in self._tensors)
+        except KeyError:
+            return False
 
 
 class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):

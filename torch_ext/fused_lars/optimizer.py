@@ -369,7 +369,7 @@ class LARS(Optimizer):
                 self._run(call, grad_scale, found_inf, record, workspace.tensor, check_only=check_only)
                 workspace.after_use()
         if self._sharding is not None:
-            self._sharding.bump_versions()
+            self._sharding.after_step(self)
         if has_masters:
             self._written_params.after_step()
         if is_repeated:

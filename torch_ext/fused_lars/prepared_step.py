@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES
-from .op_call import OpCall, hyperparameter_lists, on_device
+from .op_call import OpCall, SameState, hyperparameter_lists, on_device
 from .records import Record
 
 _get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
 _MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
 _MASTERS = HYPERPARAMETERS.index("master_weights")
-_STATE = ("momentum_buffer", "master_param", "step")
 
 
 class PreparedStep:
@@ -28,9 +27,7 @@ class PreparedStep:
         self._params = [[*group["params"]] for group in param_groups]
         self._options: list[tuple] = []
         self._kept = [*map(_needs, map(_get_options, param_groups))]
-        self._state_params = [*state]
-        keys = [key for key in _STATE if any(key in values for values in state.values())]
-        self._state = [(get, [*map(get, state.values())]) for get in map(itemgetter, keys)]
+        self._state = SameState(state)
         self.has_masters = bool(call.master_params)
         called = {*map(id, call.params)}
         self._call = torch.classes.fused_lars.PreparedStep(
@@ -62,7 +59,7 @@ class PreparedStep:
 
     def fits(self, param_groups, state) -> bool:
         """Whether a step of these groups is this call, but for the gradients."""
-        if not self._has_params(param_groups) or not self._has_state(state):
+        if not self._has_params(param_groups) or not self._state.is_still(state):
             return False
         # A captured graph keeps what it writes.
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -95,14 +92,6 @@ class PreparedStep:
             len(group["params"]) == len(params) and all(map(is_, group["params"], params))
             for group, params in zip(param_groups, self._params)
         )
-
-    def _has_state(self, state) -> bool:
-        if len(state) != len(self._state_params) or not all(map(is_, state, self._state_params)):
-            return False
-        try:
-            return all(all(map(is_, map(get, state.values()), tensors)) for get, tensors in self._state)
-        except KeyError:
-            return False
 
     def _hand_over(self, options: list[tuple]) -> bool:
         if any(isinstance(lr, Tensor) for lr, *_ in options) or [*map(_needs, options)] != self._kept:

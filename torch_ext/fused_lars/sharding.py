@@ -8,14 +8,15 @@ wait for ever. That they do know it alike is seen to by peers.py.
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import groupby
+from operator import attrgetter, is_
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from .op_call import HALF, OpCall, OpCalls, Workspace, Workspaces, on_device, parameter_name, way_to_compute
+from .norm_rows import NormRows
+from .op_call import OpCalls, SameState, Workspaces, on_device, parameter_name, way_to_compute
 from .peers import Exchange, Peers, raise_first
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
@@ -85,9 +86,10 @@ class Sharding:
         self._world: dist.ProcessGroup | None = None
         self._checked: list = []
         self._exchange = Exchange()
+        self._gathered: _Gathered | None = None  # of the last step, once it was made
+        self._in_step: _Gathered | None = None
         self._workspaces = Workspaces()
 
-    @torch._disable_dynamo
     def calls(self, optimizer, found_inf: Tensor | None) -> OpCalls:
         """The calls of a step, by device and implementation: local tensors, with norms of whole tensors.
 
@@ -102,32 +104,42 @@ class Sharding:
         self._exchange.look_back()
         self._update(optimizer.param_groups, given)
         optimizer._written_params.before_step(optimizer.param_groups, optimizer.state)
-        calls, norms, error = OpCalls(), {}, None
+        gathered, self._gathered = self._gathered, None
+        error = None
         try:
             _set_options(self._rank_sets, optimizer.param_groups, given)
-            self._gather(optimizer, found_inf, calls, norms)
+            if gathered is None or not gathered.renew(optimizer, found_inf):
+                gathered = _Gathered(self._rank_sets)
+                self._gather(optimizer, found_inf, gathered)
+            self._take_norms(optimizer, gathered)
         except Exception as caught:
             error = caught
         if error is None:
-            messages = [message for of_device in norms.values() for message in of_device.messages()]
-            self._exchange.add_up(messages)
+            norms = gathered.norms.values()
+            self._exchange.add_up([message for of_device in norms for message in of_device.messages()])
         else:
             self._exchange.raise_everywhere(error, self._peers)
-        for of_device in norms.values():
+        for of_device in gathered.norms.values():
             of_device.hand_out()
-        return calls
+        self._in_step = gathered
+        return gathered.calls
 
-    def bump_versions(self) -> None:
-        """Counts a change of every DTensor, for autograd, as an operator on the DTensor itself would."""
+    def after_step(self, optimizer) -> None:
+        # For autograd, as an operator on the DTensor itself would count it.
         torch.autograd.graph.increment_version([p for p in self._dtensors if p.grad is not None])
+        gathered, self._in_step = self._in_step, None
+        if gathered.keep(optimizer):
+            self._gathered = gathered
 
-    def _gather(self, optimizer, found_inf, calls: OpCalls, norms: dict) -> None:
+    def _gather(self, optimizer, found_inf, gathered: "_Gathered") -> None:
+        calls, norms = gathered.calls, gathered.norms
         replaced = _replaced_grads(self._dtensors, optimizer.param_groups)
+        gathered.has_own_grads = not replaced
         for rank_set in self._rank_sets:
             device = rank_set.device
             if device not in norms:
                 grad_scale = on_device(getattr(optimizer, "grad_scale", None), device)
-                norms[device] = _Norms(on_device(found_inf, device), grad_scale)
+                norms[device] = NormRows(on_device(found_inf, device), grad_scale)
             for group_index, params in rank_set.parts.items():
                 group = optimizer.param_groups[group_index]
                 if group["differentiable"] and rank_set.peers is not None:
@@ -145,22 +157,24 @@ class Sharding:
                 call = calls[(device, *way_to_compute(group, group_index, device))]
                 call.add_lists(lists, local)
                 call.end_group(group, group_index)
-                norms[device].add(call, group, params, local, rank_set, optimizer.state)
-            norms[device].end(rank_set)
+                is_shared = rank_set.peers is not None
+                norms[device].add(call, group_index, params, local, is_shared, optimizer.state)
+            norms[device].end(rank_set.peers)
+
+    def _take_norms(self, optimizer, gathered: "_Gathered") -> None:
+        calls, norms = gathered.calls, gathered.norms
         if not self._peers:
             return
         # What the step alone would refuse, state, is found before the other ranks are told that this one
         # steps, where it is not that of the last time. The norms op sees everything else.
-        state = []
-        for call in calls.values():
-            for tensors in call.local[2:]:
-                state += map(id, tensors)
-        if state != self._checked:
-            self._check(optimizer, calls)
-            self._checked = state
+        if not gathered.is_renewed:
+            state = [id(t) for call in calls.values() for tensors in call.local[2:] for t in tensors]
+            if state != self._checked:
+                self._check(optimizer, calls)
+                self._checked = state
         for device, of_device in norms.items():
             try:
-                of_device.take(self._workspaces[device])
+                of_device.take(self._workspaces[device], optimizer.param_groups)
             except (RuntimeError, TypeError, ValueError):
                 self._check(optimizer, calls)  # which knows the parameter's name
                 raise
@@ -191,118 +205,104 @@ class Sharding:
         self._dtensors = [p for p in params if isinstance(p, DTensor) and p.device_mesh.get_coordinate()]
 
 
-class _Norms:
-    """The rows of one norms op, those of a set of ranks together, which make its message."""
+class _Gathered:
+    """The op calls of a step and the norms for them, to be made again with other gradients.
 
-    def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        self._found_inf = found_inf
-        self._grad_scale = grad_scale
-        self._group_sizes: list[int] = []
-        self._options: list[tuple[float, bool, bool]] = []  # of each group, what norms depend on
-        self._weights: list[Tensor] = []
-        self._grads: list[Tensor] = []
-        self._without_grad: dict[int, float] = {}  # rows, and what |w|^2 counts there as a gradient
-        self._begin = 0
-        self._spans: list[tuple[int, int, Peers]] = []
-        self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
+    To gather them takes the host longer than all the rest of a step, and between two steps of a training run
+    nothing but gradients and numbers changes. That is seen by identity.
+    """
 
-    def add(self, call: OpCall, group, params: list[Tensor], local, rank_set: _RankSet, state) -> None:
-        """Adds a row for each of `params` that has a gradient, and for the others too where they are shared.
+    def __init__(self, rank_sets: list[_RankSet]) -> None:
+        self.calls, self.norms = OpCalls(), {}
+        self.has_own_grads = True  # those of the parameters, none in their place
+        self.is_renewed = False
+        self._rank_sets = rank_sets
 
-        `local` has the local lists of those that have a gradient.
-        """
-        weights, grads, _, masters, _ = local
-        if masters:
-            masters = iter(masters)
-            weights = [next(masters) if w.dtype in HALF else w for w in weights]
-        decay = group["weight_decay"] if group["decayed_norm"] else 0.0
-        first = len(self._weights)
-        runs = self._runs[call]
-        done = 0
-        # Most often all have one, and need not be asked again.
-        stretches = [(True, params)]
-        if len(weights) < len(params):
-            stretches = groupby(params, lambda p: p.grad is not None)
-        for has_grad, members in stretches:
-            members = list(members)
-            begin = len(self._weights)
-            if has_grad:
-                self._weights += weights[done : done + len(members)]
-                self._grads += grads[done : done + len(members)]
-                done += len(members)
-                if runs and runs[-1][1] == begin:
-                    runs[-1][1] = len(self._weights)
+    def keep(self, optimizer) -> bool:
+        """Keeps what the next step may need, no gradients. Returns False if that is to be gathered anew."""
+        called = sum(len(call.params) for call in self.calls.values())
+        of_sets = sum(len(params) for rank_set in self._rank_sets for params in rank_set.parts.values())
+        if not self.has_own_grads or called != of_sets:  # a gradient is missing
+            return False
+        try:
+            self._state = SameState(optimizer.state)
+        except KeyError:
+            return False
+        for call in self.calls.values():
+            call.squared_norms = call.found_inf = None
+            for tensors in (call.grads, call.local[1]):
+                tensors.clear()
+        for norms in self.norms.values():
+            norms.forget_grads()
+        self._kinds = [*map(_kind, optimizer.param_groups)]
+        return True
+
+    def renew(self, optimizer, found_inf: Tensor | None) -> bool:
+        """Takes the parameters' present gradients. Returns False if this is another step than the last."""
+        groups = optimizer.param_groups
+        if [*map(_kind, groups)] != self._kinds or not self._state.is_still(optimizer.state):
+            return False
+        for call in self.calls.values():
+            if not all(map(is_, map(_local, call.params), call.local[0])):
+                return False
+        found = []  # own and local gradients of each set's parts
+        for rank_set in self._rank_sets:
+            for params in rank_set.parts.values():
+                own = [p.grad for p in params]
+                if any(grad is None for grad in own):
+                    return False
+                if not rank_set.is_dtensor:
+                    found.append((own, own))
+                elif _placed_alike(own, params):
+                    found.append((own, [*map(_get_local, own)]))
                 else:
-                    runs.append([begin, len(self._weights)])
-            elif rank_set.peers is not None:
-                # Ranks that have a gradient need this shard's part of the weight's norm.
-                self._weights += (_weight_without_grad(p, state) for p in members)
-                self._grads += self._weights[begin:]
-                self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), decay * decay))
-        self._end_group(len(self._weights) - first, (decay, group["maximize"], group["decayed_norm"]))
+                    return False
+        rows: defaultdict[torch.device, list[list[Tensor]]] = defaultdict(list)
+        of_parts = iter(found)
+        for rank_set in self._rank_sets:
+            device, of_set = rank_set.device, []
+            for index in rank_set.parts:
+                own, local = next(of_parts)
+                call = self.calls[(device, *way_to_compute(groups[index], index, device))]
+                call.grads.extend(own)
+                call.local[1].extend(local)
+                of_set += local
+            rows[device].append(of_set)
+        for device, norms in self.norms.items():
+            grad_scale = on_device(getattr(optimizer, "grad_scale", None), device)
+            norms.renew(rows[device], on_device(found_inf, device), grad_scale)
+        for call in self.calls.values():
+            call.take_hyperparameters(groups)
+        self.is_renewed = True
+        return True
 
-    def _end_group(self, size: int, options: tuple[float, bool, bool]) -> None:
-        self._group_sizes.append(size)
-        self._options.append(options)
 
-    def end(self, rank_set: _RankSet) -> None:
-        if rank_set.peers is not None:
-            # The last row. The sum of the ranks' found_inf squared is not 0 where one of them is not.
-            last = self._weights[0].new_empty(0) if self._found_inf is None else self._found_inf
-            self._weights.append(last)
-            self._grads.append(last)
-            self._end_group(1, (0.0, False, False))
-            self._spans.append((self._begin, len(self._weights), rank_set.peers))
-        self._begin = len(self._weights)
+_get_local = attrgetter("_local_tensor")
 
-    def take(self, workspace: Workspace) -> None:
-        if not self._spans:
-            return  # nothing is shared: the step takes its norms itself
-        weight_decay, maximize, decayed_norm = map(list, zip(*self._options))
-        self._norms = torch.ops.fused_lars.squared_norms.groups(
-            self._weights,
-            self._grads,
-            self._group_sizes,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            decayed_norm=decayed_norm,
-            grad_scale=self._grad_scale,
-            workspace=workspace.tensor,
-        )
-        workspace.after_use()
-        if self._without_grad:
-            rows = torch.tensor([*self._without_grad], device="cpu")
-            rows = rows.to(self._norms.device, non_blocking=True)
-            factors = torch.tensor([*self._without_grad.values()], dtype=self._norms.dtype, device="cpu")
-            factors = factors.to(self._norms.device, non_blocking=True)
-            self._norms[rows, 1] = torch.where(factors > 0.0, self._norms[rows, 0] * factors, 0.0)
 
-    def messages(self) -> list[tuple[Peers, Tensor]]:
-        result = [(peers, self._norms[begin:end]) for begin, end, peers in self._spans]
-        for peers, message in result:
-            row = peers.last_row()
-            if row or self._found_inf is not None:
-                message[-1, 1] = row
-        return result
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
 
-    def hand_out(self) -> None:
-        """Hands each call its squared norms, and what tells it to change nothing."""
-        if not self._spans:
-            return
-        norms, found_inf = self._norms, None
-        last = [end - 1 for _, end, _ in self._spans]
-        if self._found_inf is None and norms.device.type == "cpu":
-            pass  # the host has looked
-        elif self._found_inf is None and len(last) == 1:
-            # The upper half of an fp64 is an fp32 that is 0 only where a whole number is 0: no operator runs.
-            found_inf = norms.view(torch.float32)[last[0], 3]
-        else:
-            found_inf = torch.linalg.vector_norm(torch.stack([norms[i] for i in last])).to(torch.float32)
-        for call, runs in self._runs.items():
-            rows = [norms[begin:end] for begin, end in runs]
-            if rows:
-                call.squared_norms = rows[0] if len(rows) == 1 else torch.cat(rows)
-                call.found_inf = found_inf
+
+def _kind(group) -> tuple:
+    """What decides which tensors a group's parameters have in a call, and in which call."""
+    return (
+        bool(group["momentum"]),
+        bool(group["dampening"]),
+        *(group[name] for name in ("master_weights", "foreach", "differentiable", "fused")),
+    )
+
+
+def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether gradients are DTensors and placed as their parameters are."""
+    for grad, param in zip(grads, params):
+        got, spec = getattr(grad, "_spec", None), param._spec
+        # fully_shard gives gradients the very spec of the parameter.
+        if got is not spec and (
+            got is None or got.mesh is not spec.mesh or got.placements != spec.placements
+        ):
+            return False
+    return True
 
 
 def _set_options(rank_sets: list[_RankSet], param_groups, given: dict[str, bool]) -> None:
@@ -340,11 +340,6 @@ def _sorted_by_ranks(param_groups) -> list[_RankSet]:
         sizes = [*map(len, rank_sets[key].parts.values())]
         rank_sets[key].peers = Peers(key[1], *arguments, lines[key], sizes)
     return [rank_sets[key] for key in sorted(rank_sets)]
-
-
-def _weight_without_grad(param: DTensor, state) -> Tensor:
-    weight = state.get(param, {}).get("master_param", param)._local_tensor
-    return weight if param.requires_grad else weight.new_empty(0)
 
 
 def _replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]:

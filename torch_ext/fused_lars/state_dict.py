@@ -6,12 +6,10 @@ import numbers
 import torch
 from torch import Tensor
 
-from .checks import HALF, check_group
+from .checks import HALF, STATE, check_group
 
 # How a process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
-
-_STATE = ("momentum_buffer", "master_param", "step")
 
 
 def implementations(param_groups) -> list[dict]:
@@ -25,7 +23,7 @@ def restore(state_dict, implementations, param_groups, state) -> None:
     # The base class has cast floating-point state to the parameter's dtype.
     for saved_id, param in _saved_ids(state_dict, param_groups):
         for key, value in state_dict["state"].get(saved_id, {}).items():
-            if key in _STATE and value is None:
+            if key in STATE and value is None:
                 del state[param][key]
             elif key == "step":
                 state[param][key] = torch.as_tensor(value).to(param.device, torch.float32)
@@ -55,17 +53,17 @@ def check_state_dict(state_dict, defaults, param_groups, state, sharding) -> Non
     if saved != own:
         return  # the base class has the error
     # What a wrapper has put there beside ours, as a Lookahead does, it may load again.
-    known = {*_STATE, *(key for values in state.values() for key in values)}
+    known = {*STATE, *(key for values in state.values() for key in values)}
     for saved_id, param in _saved_ids(state_dict, param_groups):
         values = state_dict["state"].get(saved_id, {})
         if unknown := [key for key in values if key not in known]:
             raise ValueError(
-                f"parameter {saved_id} in the state_dict has the state {unknown}; allowed: {list(_STATE)}. "
+                f"parameter {saved_id} in the state_dict has the state {unknown}; allowed: {list(STATE)}. "
                 "fused_lars.convert_state_dict takes over the state of other optimizers"
             )
         for key, value in values.items():
             # None stands for what is not there, as in older states of torch's SGD.
-            if key in _STATE and value is not None:
+            if key in STATE and value is not None:
                 _check_state(saved_id, key, value, param)
                 if sharding and key != "step":
                     sharding.check_state(saved_id, key, value, param)

@@ -1,0 +1,162 @@
+"""The norms that ranks add up: the rows of one norms op a device, which are the messages of sets of ranks."""
+
+from collections import defaultdict
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .checks import HALF
+from .op_call import OpCall, Workspace
+from .peers import Peers
+
+
+class NormRows:
+    """The rows of one norms op, those of a set of ranks together, which make its message."""
+
+    def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        self._found_inf = found_inf
+        self._grad_scale = grad_scale
+        self._group_sizes: list[int] = []
+        self._group_indices: list[int | None] = []  # in param_groups; None for a last row
+        self._weights: list[Tensor] = []
+        self._grads: list[Tensor] = []
+        self._without_grad: dict[int, int] = {}  # rows, and the group of each
+        self._begin = 0
+        self._spans: list[tuple[int, int, Peers]] = []
+        self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
+
+    def add(
+        self, call: OpCall, group_index: int, params: list[Tensor], local, is_shared: bool, state
+    ) -> None:
+        """Adds a row for each of `params` that has a gradient, and for the others too where they are shared.
+
+        `local` has the local lists of those that have a gradient.
+        """
+        weights, grads, _, masters, _ = local
+        if masters:
+            masters = iter(masters)
+            weights = [next(masters) if w.dtype in HALF else w for w in weights]
+        first = len(self._weights)
+        runs = self._runs[call]
+        done = 0
+        # Most often all have one, and need not be asked again.
+        stretches = [(True, params)]
+        if len(weights) < len(params):
+            stretches = groupby(params, lambda p: p.grad is not None)
+        for has_grad, members in stretches:
+            members = list(members)
+            begin = len(self._weights)
+            if has_grad:
+                self._weights += weights[done : done + len(members)]
+                self._grads += grads[done : done + len(members)]
+                done += len(members)
+                if runs and runs[-1][1] == begin:
+                    runs[-1][1] = len(self._weights)
+                else:
+                    runs.append([begin, len(self._weights)])
+            elif is_shared:
+                # Ranks that have a gradient need this shard's part of the weight's norm.
+                self._weights += (_weight_without_grad(p, state) for p in members)
+                self._grads += self._weights[begin:]
+                self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), group_index))
+        self._group_sizes.append(len(self._weights) - first)
+        self._group_indices.append(group_index)
+
+    def end(self, peers: Peers | None) -> None:
+        """The ranks that share what was added since the last end; None: no other rank does."""
+        if peers is not None:
+            last = self._last()
+            self._weights.append(last)
+            self._grads.append(last)
+            self._group_sizes.append(1)
+            self._group_indices.append(None)
+            self._spans.append((self._begin, len(self._weights), peers))
+        self._begin = len(self._weights)
+
+    def _last(self) -> Tensor:
+        """The last row. The sum of the ranks' found_inf squared is not 0 where one of them is not."""
+        return self._weights[0].new_empty(0) if self._found_inf is None else self._found_inf
+
+    def forget_grads(self) -> None:
+        """Between two steps a gradient's memory is its owner's."""
+        self._grads.clear()
+
+    def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """The same rows for another step: the gradients of each set of ranks in turn."""
+        self._found_inf, self._grad_scale = found_inf, grad_scale
+        ends = {begin: end for begin, end, _ in self._spans}
+        for of_set in grads:
+            begin = len(self._grads)
+            self._grads += of_set
+            if begin in ends:
+                last = self._last()
+                self._weights[ends[begin] - 1] = last
+                self._grads.append(last)
+
+    def take(self, workspace: Workspace, param_groups) -> None:
+        """Takes the norms, by the options that the groups have now."""
+        if not self._spans:
+            return  # nothing is shared: the step takes its norms itself
+        options = {index: _norm_options(group) for index, group in enumerate(param_groups)}
+        options[None] = (0.0, False, False)
+        columns = zip(*map(options.__getitem__, self._group_indices))
+        weight_decay, maximize, decayed_norm = map(list, columns)
+        self._norms = torch.ops.fused_lars.squared_norms.groups(
+            self._weights,
+            self._grads,
+            self._group_sizes,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            decayed_norm=decayed_norm,
+            grad_scale=self._grad_scale,
+            workspace=workspace.tensor,
+        )
+        workspace.after_use()
+        if self._without_grad:
+            rows = torch.tensor([*self._without_grad], device="cpu")
+            rows = rows.to(self._norms.device, non_blocking=True)
+            # A gradient of zeros. Its decayed gradient is the decay.
+            decays = [options[index][0] ** 2 for index in self._without_grad.values()]
+            decays = torch.tensor(decays, dtype=self._norms.dtype, device="cpu")
+            decays = decays.to(self._norms.device, non_blocking=True)
+            self._norms[rows, 1] = torch.where(decays > 0.0, self._norms[rows, 0] * decays, 0.0)
+
+    def messages(self) -> list[tuple[Peers, Tensor]]:
+        result = [(peers, self._norms[begin:end]) for begin, end, peers in self._spans]
+        for peers, message in result:
+            row = peers.last_row()
+            if row or self._found_inf is not None:
+                message[-1, 1] = row
+        return result
+
+    def hand_out(self) -> None:
+        """Hands each call its squared norms, and what tells it to change nothing."""
+        if not self._spans:
+            return
+        norms, found_inf = self._norms, None
+        last = [end - 1 for _, end, _ in self._spans]
+        if self._found_inf is None and norms.device.type == "cpu":
+            pass  # the host has looked
+        elif self._found_inf is None and len(last) == 1:
+            # The upper half of an fp64 is an fp32 that is 0 only where a whole number is 0: no operator runs.
+            found_inf = norms.view(torch.float32)[last[0], 3]
+        else:
+            found_inf = torch.linalg.vector_norm(torch.stack([norms[i] for i in last])).to(torch.float32)
+        for call, runs in self._runs.items():
+            rows = [norms[begin:end] for begin, end in runs]
+            if rows:
+                call.squared_norms = rows[0] if len(rows) == 1 else torch.cat(rows)
+                call.found_inf = found_inf
+
+
+def _norm_options(group) -> tuple[float, bool, bool]:
+    """What the norm of a gradient depends on."""
+    decayed_norm = group["decayed_norm"]
+    return (group["weight_decay"] if decayed_norm else 0.0, group["maximize"], decayed_norm)
+
+
+def _weight_without_grad(param: DTensor, state) -> Tensor:
+    weight = state.get(param, {}).get("master_param", param)._local_tensor
+    return weight if param.requires_grad else weight.new_empty(0)
