@@ -52,7 +52,7 @@ def digits(tmp_path_factory):
 def test_digits_are_learnt(digits):
     _, rows, _ = digits
     assert [(row["optimizer"], row["batch_size"]) for row in rows] == [
-        (name, size) for size in (75, 1280) for name in ("LARS", "SGD")
+        (name, size) for size in (75, 1280) for name in ("LARS", "SGD", "tuned SGD")
     ]
     for row in rows:
         # Guessing gets 10 per cent of 517 images, with a standard deviation of 1.3. SGD need not learn at a
@@ -66,15 +66,23 @@ def test_digits_prints_what_it_measured(digits):
     for row in rows:
         line = next(line for line in printed.splitlines() if line.split()[:1] == [str(row["batch_size"])])
         means = [float(mean) for mean in re.findall(r"([\d.]+) ±", line)]
-        assert means[row["optimizer"] == "SGD"] == pytest.approx(
-            statistics.fmean(row["accuracies"]), abs=0.006
-        )
+        mean = means[["LARS", "SGD", "tuned SGD"].index(row["optimizer"])]
+        assert mean == pytest.approx(statistics.fmean(row["accuracies"]), abs=0.006)
 
 
-def test_digits_plot_shows_both_optimizers(digits):
+def test_digits_tuned_rate_is_that_of_the_batch_size(digits):
+    # 75 is nearest to 64 of the sizes that were tuned.
+    rates = {(row["optimizer"], row["batch_size"]): row["lr"] for row in digits[1]}
+    assert rates["tuned SGD", 75] == 2**-5
+    assert rates["tuned SGD", 1280] == 2**-3
+    assert rates["SGD", 75] == pytest.approx(2**-5 * 75 / 32)
+
+
+def test_digits_plot_shows_every_line(digits):
     image = digits[2]
     assert has_colour(image, "#0b6e99")
     assert has_colour(image, "#d9730d")
+    assert has_colour(image, "#8a4fbf")
 
 
 @pytest.mark.parametrize(
