@@ -14,11 +14,15 @@ export PATH := $(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: train test bench build train-cpp sanitize format lint googletest clean
+.PHONY: train ssl test bench build train-cpp sanitize format lint googletest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/examples.stamp build
 	python examples/digits.py
+
+# Features learnt without labels, by Barlow Twins.
+ssl: $(VENV)/examples.stamp build
+	python examples/self_supervised.py
 
 test: $(VENV)/test.stamp googletest
 	$(MAKE) build CMAKE_FLAGS=-DFUSED_LARS_TESTS=ON

@@ -38,6 +38,16 @@ def has_colour(image, colour, pixels=200, tolerance=0.01):
     return (np.abs(image[..., :3] - wanted).max(axis=-1) < tolerance).sum() > pixels
 
 
+def run_by_two(arguments, plot):
+    """Runs an example in two processes; returns what it prints and the numbers that it writes."""
+    printed = run("-m", "torch.distributed.run", "--nproc-per-node", 2, *arguments, "--output", plot)
+    return printed, json.loads(plot.with_suffix(".json").read_text())
+
+
+def accuracies(printed):
+    return [line for line in printed.splitlines() if "±" in line]
+
+
 # 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
 DIGITS = ("examples/digits.py", "--quick", "--batch-sizes", 75, 1280)
 
@@ -52,7 +62,7 @@ def digits(tmp_path_factory):
 def test_digits_are_learnt(digits):
     _, rows, _ = digits
     assert [(row["optimizer"], row["batch_size"]) for row in rows] == [
-        (name, size) for size in (75, 1280) for name in ("LARS", "SGD")
+        (name, size) for size in (75, 1280) for name in ("LARS", "SGD", "tuned SGD")
     ]
     for row in rows:
         # Guessing gets 10 per cent of 517 images, with a standard deviation of 1.3. SGD need not learn at a
@@ -66,15 +76,69 @@ def test_digits_prints_what_it_measured(digits):
     for row in rows:
         line = next(line for line in printed.splitlines() if line.split()[:1] == [str(row["batch_size"])])
         means = [float(mean) for mean in re.findall(r"([\d.]+) ±", line)]
-        assert means[row["optimizer"] == "SGD"] == pytest.approx(
-            statistics.fmean(row["accuracies"]), abs=0.006
-        )
+        mean = means[["LARS", "SGD", "tuned SGD"].index(row["optimizer"])]
+        assert mean == pytest.approx(statistics.fmean(row["accuracies"]), abs=0.006)
 
 
-def test_digits_plot_shows_both_optimizers(digits):
+def test_digits_tuned_rate_is_that_of_the_batch_size(digits):
+    # 75 is nearest to 64 of the sizes that were tuned.
+    rates = {(row["optimizer"], row["batch_size"]): row["lr"] for row in digits[1]}
+    assert rates["tuned SGD", 75] == 2**-5
+    assert rates["tuned SGD", 1280] == 2**-3
+    assert rates["SGD", 75] == pytest.approx(2**-5 * 75 / 32)
+
+
+def test_digits_plot_shows_every_line(digits):
     image = digits[2]
     assert has_colour(image, "#0b6e99")
     assert has_colour(image, "#d9730d")
+    assert has_colour(image, "#8a4fbf")
+
+
+# As above, and the embeddings of shares of 38 and 37 images come together for one loss.
+SELF_SUPERVISED = ("examples/self_supervised.py", "--quick", "--batch-size", 75)
+
+
+@pytest.fixture(scope="module")
+def self_supervised(tmp_path_factory):
+    plot = tmp_path_factory.mktemp("self_supervised") / "self_supervised.png"
+    printed = run(*SELF_SUPERVISED, "--output", plot)
+    return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
+
+
+def test_self_supervised_features_are_better_than_untrained_ones(self_supervised):
+    rows = {row["features"]: row for row in self_supervised[1]}
+    assert list(rows) == ["pixels", "untrained", "LARS", "SGD"]
+    for name in ("LARS", "SGD"):
+        assert statistics.fmean(rows[name]["few_labels"]) > 1 + statistics.fmean(
+            rows["untrained"]["few_labels"]
+        )
+        for curve, accuracy in zip(rows[name]["curves"], rows[name]["few_labels"]):
+            assert len(curve) == len(rows[name]["epochs"])
+            assert curve[-1] == accuracy
+
+
+def test_self_supervised_prints_what_it_measured(self_supervised):
+    printed, rows, _ = self_supervised
+    for row in rows:
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [row["features"]])
+        means = [float(mean) for mean in re.findall(r"([\d.]+) ±", line)]
+        assert means == [
+            pytest.approx(statistics.fmean(row[labels]), abs=0.006) for labels in ("few_labels", "all_labels")
+        ]
+
+
+def test_self_supervised_plot_shows_both_optimizers(self_supervised):
+    image = self_supervised[2]
+    assert has_colour(image, "#0b6e99")
+    assert has_colour(image, "#d9730d")
+
+
+def test_self_supervised_under_torchrun_gives_the_same_table(self_supervised, tmp_path):
+    printed, rows, _ = self_supervised
+    printed_by_two, rows_of_two = run_by_two(SELF_SUPERVISED, tmp_path / "self_supervised.png")
+    assert accuracies(printed_by_two) == accuracies(printed)
+    assert rows_of_two == rows
 
 
 @pytest.mark.parametrize(
@@ -83,6 +147,9 @@ def test_digits_plot_shows_both_optimizers(digits):
         ("examples/digits.py", ["--epochs", 0], "allowed: 1 and more"),
         ("examples/digits.py", ["--batch-sizes", 64, 5000], "there are 1280 images"),
         ("examples/digits.py", ["--output", "nowhere/digits.png"], "a folder that exists"),
+        ("examples/self_supervised.py", ["--batch-size", 1281], "there are 1280 images"),
+        ("examples/self_supervised.py", ["--batch-size", 1280, "--tune"], "there are 1024 images"),
+        ("examples/self_supervised.py", ["--output", "nowhere/plot.png"], "a folder that exists"),
         ("benchmarks/step.py", ["--output", "step.json"], "allowed is a .png"),
     ],
 )
@@ -100,14 +167,8 @@ def test_bad_options_are_found_before_the_work(script, arguments, message):
 
 def test_digits_under_torchrun_gives_the_same_table(digits, tmp_path):
     printed, rows, _ = digits
-    plot = tmp_path / "digits.png"
-    printed_by_two = run("-m", "torch.distributed.run", "--nproc-per-node", 2, *DIGITS, "--output", plot)
-    rows_of_two = json.loads(plot.with_suffix(".json").read_text())
-
-    def table(text):
-        return [line for line in text.splitlines() if "±" in line]
-
-    assert table(printed_by_two) == table(printed)
+    printed_by_two, rows_of_two = run_by_two(DIGITS, tmp_path / "digits.png")
+    assert accuracies(printed_by_two) == accuracies(printed)
     assert rows_of_two == rows
 
 
