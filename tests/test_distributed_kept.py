@@ -178,8 +178,7 @@ def test_an_error_in_a_repeated_step_names_the_parameter():
         optimizer.step()
     before = [p.detach().clone() for p in params]
     set_grads(params, 3)
-    params[1].grad_dtype = None
-    params[1].grad = params[1].grad.double()
+    params[1].grad._local_tensor = params[1].grad._local_tensor.double()
     with pytest.raises(ValueError, match=r"^grads\[3\] has dtype Double.*\['params'\]\[1\]"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, params))

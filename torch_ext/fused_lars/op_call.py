@@ -136,6 +136,21 @@ class OpCall:
         return text
 
 
+class SameParams:
+    """Whether an optimizer still has the same parameters in the same groups, by identity."""
+
+    def __init__(self, param_groups) -> None:
+        self.of_groups = [[*group["params"]] for group in param_groups]
+
+    def are_still(self, param_groups) -> bool:
+        if len(param_groups) != len(self.of_groups):
+            return False
+        return all(
+            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, params in zip(param_groups, self.of_groups)
+        )
+
+
 class SameState:
     """Whether an optimizer still keeps the same tensors for the same parameters, by identity."""
 

@@ -1,12 +1,12 @@
 """A step whose arguments stay in C++ from one step to the next, for as long as they are the same tensors."""
 
-from operator import is_, itemgetter
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES
-from .op_call import OpCall, SameState, hyperparameter_lists, on_device
+from .op_call import OpCall, SameParams, SameState, hyperparameter_lists, on_device
 from .records import Record
 
 _get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
@@ -24,7 +24,7 @@ class PreparedStep:
 
     def __init__(self, call: OpCall, param_groups, state, record: Record, workspace) -> None:
         self._device, self._record, self._workspace = call.device, record, workspace
-        self._params = [[*group["params"]] for group in param_groups]
+        self._params = SameParams(param_groups)
         self._options: list[tuple] = []
         self._kept = [*map(_needs, map(_get_options, param_groups))]
         self._state = SameState(state)
@@ -35,7 +35,7 @@ class PreparedStep:
             call.momentum_buffers,
             call.master_params,
             call.steps,
-            [p for params in self._params for p in params if id(p) not in called],
+            [p for params in self._params.of_groups for p in params if id(p) not in called],
             call.group_sizes(),
         )
         self._run = self._call.run
@@ -59,7 +59,7 @@ class PreparedStep:
 
     def fits(self, param_groups, state) -> bool:
         """Whether a step of these groups is this call, but for the gradients."""
-        if not self._has_params(param_groups) or not self._state.is_still(state):
+        if not self._params.are_still(param_groups) or not self._state.is_still(state):
             return False
         # A captured graph keeps what it writes.
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -84,14 +84,6 @@ class PreparedStep:
             return False
         self._workspace.after_use()
         return done
-
-    def _has_params(self, param_groups) -> bool:
-        if len(param_groups) != len(self._params):
-            return False
-        return all(
-            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            for group, params in zip(param_groups, self._params)
-        )
 
     def _hand_over(self, options: list[tuple]) -> bool:
         if any(isinstance(lr, Tensor) for lr, *_ in options) or [*map(_needs, options)] != self._kept:

@@ -8,7 +8,8 @@ wait for ever. That they do know it alike is seen to by peers.py.
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from functools import partial
+from operator import attrgetter, is_, is_not
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from .norm_rows import NormRows
-from .op_call import OpCalls, SameState, Workspaces, on_device, parameter_name, way_to_compute
+from .op_call import OpCalls, SameParams, SameState, Workspaces, on_device, parameter_name, way_to_compute
 from .peers import Exchange, Peers, raise_first
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
@@ -79,7 +80,7 @@ class Sharding:
     """Gathers the op calls of an optimizer that has DTensor parameters."""
 
     def __init__(self) -> None:
-        self._param_ids: list[int] = []
+        self._params: SameParams | None = None
         self._dtensors: list[DTensor] = []
         self._rank_sets: list[_RankSet] = []  # in the order of their messages, by device
         self._peers: list[Peers] = []
@@ -126,8 +127,11 @@ class Sharding:
 
     def after_step(self, optimizer) -> None:
         # For autograd, as an operator on the DTensor itself would count it.
-        torch.autograd.graph.increment_version([p for p in self._dtensors if p.grad is not None])
         gathered, self._in_step = self._in_step, None
+        dtensors = self._dtensors
+        if not gathered.is_renewed:
+            dtensors = [p for p in dtensors if p.grad is not None]
+        torch.autograd.graph.increment_version(dtensors)
         if gathered.keep(optimizer):
             self._gathered = gathered
 
@@ -186,8 +190,8 @@ class Sharding:
 
     def _update(self, param_groups, given: dict[str, bool]) -> None:
         """Sorts the parameters by the ranks that share them, where they are not those of the step before."""
-        ids = [id(p) for group in param_groups for p in group["params"]]
-        if ids == self._param_ids and not any(rank_set.has_moved() for rank_set in self._rank_sets):
+        is_sorted = self._params is not None and self._params.are_still(param_groups)
+        if is_sorted and not any(rank_set.has_moved() for rank_set in self._rank_sets):
             return
         if self._world is dist.group.WORLD:
             # The other ranks may be about to send the norms of what this one had before.
@@ -199,7 +203,8 @@ class Sharding:
             error = caught
         all_peers = [rank_set.peers for rank_set in rank_sets if rank_set.peers is not None]
         raise_first([error, *(peers.disagreement(error) for peers in all_peers)])
-        self._rank_sets, self._peers, self._param_ids, self._checked = rank_sets, all_peers, ids, []
+        self._rank_sets, self._peers, self._checked = rank_sets, all_peers, []
+        self._params, self._gathered = SameParams(param_groups), None
         self._world = dist.group.WORLD
         params = (p for group in param_groups for p in group["params"])
         self._dtensors = [p for p in params if isinstance(p, DTensor) and p.device_mesh.get_coordinate()]
@@ -220,13 +225,7 @@ class _Gathered:
 
     def keep(self, optimizer) -> bool:
         """Keeps what the next step may need, no gradients. Returns False if that is to be gathered anew."""
-        called = sum(len(call.params) for call in self.calls.values())
-        of_sets = sum(len(params) for rank_set in self._rank_sets for params in rank_set.parts.values())
-        if not self.has_own_grads or called != of_sets:  # a gradient is missing
-            return False
-        try:
-            self._state = SameState(optimizer.state)
-        except KeyError:
+        if not self.is_renewed and not self._look_at(optimizer):
             return False
         for call in self.calls.values():
             call.squared_norms = call.found_inf = None
@@ -234,7 +233,23 @@ class _Gathered:
                 tensors.clear()
         for norms in self.norms.values():
             norms.forget_grads()
+        return True
+
+    def _look_at(self, optimizer) -> bool:
+        """What must be the same in the next step. Returns False if gradients are missing or replaced."""
+        self._parts = [
+            (rank_set, index, params, [*map(_get_local, params)] if rank_set.is_dtensor else params)
+            for rank_set in self._rank_sets
+            for index, params in rank_set.parts.items()
+        ]
+        called = sum(len(call.params) for call in self.calls.values())
+        if not self.has_own_grads or called != sum(len(params) for _, _, params, _ in self._parts):
+            return False  # some have no gradient
         self._kinds = [*map(_kind, optimizer.param_groups)]
+        try:
+            self._state = SameState(optimizer.state)
+        except KeyError:
+            return False
         return True
 
     def renew(self, optimizer, found_inf: Tensor | None) -> bool:
@@ -242,46 +257,36 @@ class _Gathered:
         groups = optimizer.param_groups
         if [*map(_kind, groups)] != self._kinds or not self._state.is_still(optimizer.state):
             return False
-        for call in self.calls.values():
-            if not all(map(is_, map(_local, call.params), call.local[0])):
+        grads = []
+        for rank_set, _, params, local_params in self._parts:
+            own = [p.grad for p in params]
+            if not all(map(_is_there, own)):
                 return False
-        found = []  # own and local gradients of each set's parts
-        for rank_set in self._rank_sets:
-            for params in rank_set.parts.values():
-                own = [p.grad for p in params]
-                if any(grad is None for grad in own):
-                    return False
-                if not rank_set.is_dtensor:
-                    found.append((own, own))
-                elif _placed_alike(own, params):
-                    found.append((own, [*map(_get_local, own)]))
-                else:
-                    return False
-        rows: defaultdict[torch.device, list[list[Tensor]]] = defaultdict(list)
-        of_parts = iter(found)
-        for rank_set in self._rank_sets:
-            device, of_set = rank_set.device, []
-            for index in rank_set.parts:
-                own, local = next(of_parts)
-                call = self.calls[(device, *way_to_compute(groups[index], index, device))]
-                call.grads.extend(own)
-                call.local[1].extend(local)
-                of_set += local
-            rows[device].append(of_set)
+            if not rank_set.is_dtensor:
+                grads.append((own, own))
+            elif all(map(is_, map(_get_local, params), local_params)) and _placed_alike(own, params):
+                grads.append((own, [*map(_get_local, own)]))
+            else:
+                return False
+        rows: defaultdict[int, list[Tensor]] = defaultdict(list)  # of each set of ranks
+        for (rank_set, index, *_), (own, local) in zip(self._parts, grads):
+            device = rank_set.device
+            call = self.calls[(device, *way_to_compute(groups[index], index, device))]
+            call.grads.extend(own)
+            call.local[1].extend(local)
+            rows[id(rank_set)] += local
         for device, norms in self.norms.items():
+            of_sets = [rows[id(rank_set)] for rank_set in self._rank_sets if rank_set.device == device]
             grad_scale = on_device(getattr(optimizer, "grad_scale", None), device)
-            norms.renew(rows[device], on_device(found_inf, device), grad_scale)
+            norms.renew(of_sets, on_device(found_inf, device), grad_scale)
         for call in self.calls.values():
             call.take_hyperparameters(groups)
         self.is_renewed = True
         return True
 
 
-_get_local = attrgetter("_local_tensor")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
+_get_local, _get_spec = attrgetter("_local_tensor"), attrgetter("_spec")
+_is_there = partial(is_not, None)
 
 
 def _kind(group) -> tuple:
@@ -295,14 +300,15 @@ def _kind(group) -> tuple:
 
 def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """Whether gradients are DTensors and placed as their parameters are."""
-    for grad, param in zip(grads, params):
-        got, spec = getattr(grad, "_spec", None), param._spec
-        # fully_shard gives gradients the very spec of the parameter.
-        if got is not spec and (
-            got is None or got.mesh is not spec.mesh or got.placements != spec.placements
-        ):
-            return False
-    return True
+    try:
+        specs = [*map(_get_spec, grads)]
+    except AttributeError:
+        return False
+    # fully_shard gives gradients the very spec of the parameter.
+    return all(map(is_, specs, map(_get_spec, params))) or all(
+        got.mesh is spec.mesh and got.placements == spec.placements
+        for got, spec in zip(specs, map(_get_spec, params))
+    )
 
 
 def _set_options(rank_sets: list[_RankSet], param_groups, given: dict[str, bool]) -> None:
