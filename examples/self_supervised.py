@@ -303,7 +303,7 @@ def parse_options():
     parser.add_argument("--seeds", type=positive, help="models to train with each optimizer (4)")
     parser.add_argument("--batch-size", type=positive, default=BASE_BATCH_SIZE, help="(%(default)s)")
     parser.add_argument("--tune", action="store_true", help="try the learning rates instead, see above")
-    parser.add_argument("--quick", action="store_true", help="15 epochs, 2 seeds")
+    parser.add_argument("--quick", action="store_true", help="10 epochs, 2 seeds")
     parser.add_argument(
         "--output",
         type=pathlib.Path,
@@ -317,7 +317,7 @@ def parse_options():
     # Now, not when all is done.
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
-    options.epochs = options.epochs or (15 if options.quick else 120)
+    options.epochs = options.epochs or (10 if options.quick else 120)
     options.seeds = options.seeds or (2 if options.quick else 4)
     return options
 

@@ -48,6 +48,11 @@ def accuracies(printed):
     return [line for line in printed.splitlines() if "±" in line]
 
 
+def without_labels(image):
+    """The left of a plot, since a line's label at its right end has its colour too."""
+    return image[:, : image.shape[1] * 2 // 3]
+
+
 # 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
 DIGITS = ("examples/digits.py", "--quick", "--batch-sizes", 75, 1280)
 
@@ -89,7 +94,7 @@ def test_digits_tuned_rate_is_that_of_the_batch_size(digits):
 
 
 def test_digits_plot_shows_every_line(digits):
-    image = digits[2]
+    image = without_labels(digits[2])
     assert has_colour(image, "#0b6e99")
     assert has_colour(image, "#d9730d")
     assert has_colour(image, "#8a4fbf")
@@ -109,10 +114,10 @@ def self_supervised(tmp_path_factory):
 def test_self_supervised_features_are_better_than_untrained_ones(self_supervised):
     rows = {row["features"]: row for row in self_supervised[1]}
     assert list(rows) == ["pixels", "untrained", "LARS", "SGD"]
+    # It gains over 4. What SGD learns at a rate that is scaled to this batch is a result.
+    untrained = statistics.fmean(rows["untrained"]["few_labels"])
+    assert statistics.fmean(rows["LARS"]["few_labels"]) > 2 + untrained
     for name in ("LARS", "SGD"):
-        assert statistics.fmean(rows[name]["few_labels"]) > 1 + statistics.fmean(
-            rows["untrained"]["few_labels"]
-        )
         for curve, accuracy in zip(rows[name]["curves"], rows[name]["few_labels"]):
             assert len(curve) == len(rows[name]["epochs"])
             assert curve[-1] == accuracy
@@ -129,7 +134,7 @@ def test_self_supervised_prints_what_it_measured(self_supervised):
 
 
 def test_self_supervised_plot_shows_both_optimizers(self_supervised):
-    image = self_supervised[2]
+    image = without_labels(self_supervised[2])
     assert has_colour(image, "#0b6e99")
     assert has_colour(image, "#d9730d")
 
