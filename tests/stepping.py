@@ -8,6 +8,7 @@ from torch import Tensor
 
 import bounds
 import reference
+import torch_versions
 from fused_lars import LARS
 from layouts import Layouts, outside
 from reference import Rule
@@ -155,6 +156,8 @@ def run(
     """A step; returns the trust ratios and the norms, fp64 on the CPU."""
     # Beside a master the optimizer keeps no buffer of 16 bits, which the ops take.
     for_ops = any(leaf.master_param is not None and _is_half(leaf.momentum_buffer) for leaf in leaves)
+    if not torch_versions.GRADIENTS_HAVE_DTYPES:
+        for_ops |= any(leaf.grad.dtype != leaf.param.dtype for leaf in leaves)
     if implementation == "op" or for_ops:
         op = "reference_step_" if implementation == "foreach" else "step_"
         results = call_op_for_norms(

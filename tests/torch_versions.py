@@ -11,6 +11,12 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # clip_grad_norm_ takes the right norm of Partial DTensor gradients, and leaves them as they are.
 CLIPS_PARTIAL_GRADIENTS = TORCH >= (2, 14)
 
+# A gradient may have another dtype than its parameter, which grad_dtype allows.
+GRADIENTS_HAVE_DTYPES = hasattr(torch.Tensor, "grad_dtype")
+
+# SequentialLR and CosineAnnealingWarmRestarts write to an lr tensor, where they once put another in its place.
+SCHEDULERS_KEEP_LR_TENSORS = TORCH >= (2, 11)
+
 # SequentialLR takes an lr tensor that a scheduler has written to for the initial lr: each part of the
 # schedule starts from where the one before it ended.
 SEQUENTIAL_LR_TAKES_TENSORS = TORCH >= (2, 11)
