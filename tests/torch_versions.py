@@ -14,7 +14,7 @@ CLIPS_PARTIAL_GRADIENTS = TORCH >= (2, 14)
 # A gradient may have another dtype than its parameter, which grad_dtype allows.
 GRADIENTS_HAVE_DTYPES = hasattr(torch.Tensor, "grad_dtype")
 
-# SequentialLR and CosineAnnealingWarmRestarts write to an lr tensor, where they once put another in its place.
+# SequentialLR and CosineAnnealingWarmRestarts write to an lr tensor and do not put another in its place.
 SCHEDULERS_KEEP_LR_TENSORS = TORCH >= (2, 11)
 
 # SequentialLR takes an lr tensor that a scheduler has written to for the initial lr: each part of the
