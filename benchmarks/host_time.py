@@ -25,6 +25,7 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 OPTIMIZERS = {
     "fused_lars": lambda groups: fused_lars.LARS(groups, **OPTIONS),
     "torch SGD, fused": lambda groups: torch.optim.SGD(groups, **OPTIONS, fused=True),
+    "torch SGD, one by one": lambda groups: torch.optim.SGD(groups, **OPTIONS, foreach=False),
     "torch SGD, foreach": lambda groups: torch.optim.SGD(groups, **OPTIONS, foreach=True),
 }
 

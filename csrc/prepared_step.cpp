@@ -39,7 +39,6 @@ class PreparedStep final : public torch::CustomClassHolder {
   bool run(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
            const OptionalTensor& trust_ratios, const OptionalTensor& layer_norms,
            const OptionalTensor& workspace) const {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
     for (const auto& param : without_grad_) {
       if (param.grad().defined()) return false;
     }
@@ -50,17 +49,24 @@ class PreparedStep final : public torch::CustomClassHolder {
       if (!grad.defined()) return false;
       grads.push_back(grad);
     }
+    run_with(std::move(grads), {}, grad_scale, found_inf, trust_ratios, layer_norms, workspace);
+    return true;
+  }
+
+  // One step with gradients from elsewhere, and norms that were taken before.
+  void run_with(Tensors grads, const OptionalTensor& squared_norms, const OptionalTensor& grad_scale,
+                const OptionalTensor& found_inf, const OptionalTensor& trust_ratios,
+                const OptionalTensor& layer_norms, const OptionalTensor& workspace) const {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
     // As a stack, since the lists of tensors are in the form that a stack has.
     torch::jit::Stack stack(before_grads_);
     stack.reserve(op.schema().arguments().size());
     stack.emplace_back(std::move(grads));
     stack.insert(stack.end(), after_grads_.begin(), after_grads_.end());
     stack.insert(stack.end(), hyperparameters_.begin(), hyperparameters_.end());
-    stack.emplace_back();  // squared_norms
-    for (const auto* tensor : {&grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
+    for (const auto* tensor : {&squared_norms, &grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
       stack.emplace_back(*tensor);
     op.callBoxed(stack);
-    return true;
   }
 
  private:
@@ -75,7 +81,8 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   library.class_<PreparedStep>("PreparedStep")
       .def(torch::init<Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>, c10::List<int64_t>>())
       .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
-      .def("run", &PreparedStep::run);
+      .def("run", &PreparedStep::run)
+      .def("run_with", &PreparedStep::run_with);
 }
 
 }  // namespace fused_lars

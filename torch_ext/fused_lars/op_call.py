@@ -11,7 +11,9 @@ from .checks import (
     FUSED_DEVICES,
     HALF,
     HYPERPARAMETERS,
+    NUMBERS,
     STATE,
+    SWITCHES,
     check_adaptation,
     check_hyperparameters,
     check_number,
@@ -45,6 +47,8 @@ class OpCall:
         self.local: tuple[list[Tensor], ...] | None = None
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
+        # The lists but for gradients, kept in C++ for a call that is made again.
+        self._kept: torch.ScriptObject | None = None
 
     def add_lists(self, lists, local=None) -> None:
         for tensors, more in zip(self.lists, lists):
@@ -93,6 +97,11 @@ class OpCall:
             op = getattr(ops.reference_step_ if self.reference else ops.step_, overload)
         if self.found_inf is not None:
             found_inf = self.found_inf
+        if self._kept is not None and overload == "default" and not check_only:
+            self._run_kept(
+                values, on_device(grad_scale, device), on_device(found_inf, device), record, workspace
+            )
+            return
         with torch.set_grad_enabled(self.differentiable):
             op(
                 *(self.local or self.lists),
@@ -105,6 +114,27 @@ class OpCall:
                 layer_norms=record and record.layer_norms,
                 workspace=workspace,
             )
+
+    def keep(self) -> None:
+        """Keeps local tensors and their order, but no gradients, for the next time that this call is made."""
+        if self._kept is None and not self.reference:
+            params, _, *state = self.local
+            self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
+        self.squared_norms = self.found_inf = None
+        self.grads.clear()
+        self.local[1].clear()
+
+    def _run_kept(self, values, grad_scale, found_inf, record, workspace) -> None:
+        self._kept.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
+        self._kept.run_with(
+            self.local[1],
+            self.squared_norms,
+            grad_scale,
+            found_inf,
+            record.trust_ratios,
+            record.layer_norms,
+            workspace,
+        )
 
     def _prepare_lr(self, values) -> str:
         """Learning rates of other types, as the op takes them; returns the overload that does."""

@@ -228,9 +228,7 @@ class _Gathered:
         if not self.is_renewed and not self._look_at(optimizer):
             return False
         for call in self.calls.values():
-            call.squared_norms = call.found_inf = None
-            for tensors in (call.grads, call.local[1]):
-                tensors.clear()
+            call.keep()
         for norms in self.norms.values():
             norms.forget_grads()
         return True
