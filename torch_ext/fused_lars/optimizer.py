@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .checks import HALF, check_group, check_params
+from .checks import HALF, NUMBERS, check_group, check_params
 from .masters import WrittenParams, take_over
 from .op_call import OpCalls, Workspaces, uses_ordinary_operators, way_to_compute
 from .prepared_step import PreparedStep
@@ -170,6 +170,7 @@ class LARS(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._first_constants = [*map(_constants, self.param_groups)]
         if "_step_supports_amp_scaling" not in self.__dict__:
             self._choose_amp_scaling()
         self._sharding = getattr(self, "_sharding", None)
@@ -214,6 +215,7 @@ class LARS(Optimizer):
             raise
         if not self.param_groups[-1]["fused"]:
             self._step_supports_amp_scaling = False
+        self._first_constants = [*map(_constants, self.param_groups)]
 
     def _look_at_params(self, index) -> None:
         """Looks at a group's parameters, which are new or others than before."""
@@ -227,6 +229,9 @@ class LARS(Optimizer):
             self._look_at_params(index)
 
     def _is_traceable(self) -> bool:
+        # A trace takes these for constants, and a schedule of one would be compiled anew in every step.
+        if [_constants(group) for group in self.param_groups] != self._first_constants:
+            return False
         if self._sharding is not None or not all(map(uses_ordinary_operators, self.param_groups)):
             return False
         return not any(hasattr(p, "_local_tensor") for group in self.param_groups for p in group["params"])
@@ -459,6 +464,11 @@ class LARS(Optimizer):
             shows in some layers only, it began in the last of them, in the order of the forward pass.
         """
         return self._records.layer_norms(self.param_groups, by_name, as_numbers)
+
+
+def _constants(group) -> tuple:
+    """The numbers of a group but for the learning rate."""
+    return tuple([group[name] for name in NUMBERS if name != "lr"])
 
 
 def _sharding_module():
