@@ -52,13 +52,13 @@ void run_dense(void (*backend)(const Step&), Step& step) {
   for (auto& [original, copy] : copy_back) original.copy_(copy);
 }
 
-at::Tensor run_dense(NormBackend backend, NormCall& call) {
+at::Tensor run_dense(NormKernel kernel, NormCall& call) {
   for (size_t i = 0; i < call.params.size(); ++i) {
     auto &param = call.params[i], &grad = call.grads[i];
     param = dense(param);
     grad = call.groups[call.group_of[i]].decayed_norm ? as_layout(grad, param) : dense(grad);
   }
-  return backend(call);
+  return kernel(call);
 }
 
 void fold_host_lr(Step& step) {

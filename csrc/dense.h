@@ -9,7 +9,7 @@ namespace fused_lars {
 // channels_last, a gradient expanded from a sum, a parameter that is a column of a larger tensor) go
 // through a dense copy, and what the step wrote is copied back.
 void run_dense(void (*backend)(const Step&), Step& step);
-at::Tensor run_dense(NormBackend backend, NormCall& call);
+at::Tensor run_dense(NormKernel kernel, NormCall& call);
 
 // Moves the lr tensors that live on the host into their groups; step.lr_tensors keeps those on a device.
 void fold_host_lr(Step& step);

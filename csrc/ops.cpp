@@ -55,7 +55,7 @@ std::string step_schema(const std::string& name, const std::string& lr) {
 
 // Backends of the dispatcher: they run a checked step, and a checked call for norms.
 using Backend = void (*)(Step&);
-using NormsOnlyBackend = at::Tensor (*)(NormCall&);
+using NormBackend = at::Tensor (*)(NormCall&);
 
 void bump_versions(const Step& step) {
   const auto bump = [](const at::Tensor& tensor) {
@@ -99,6 +99,11 @@ std::vector<at::Tensor> tensors_of(const c10::IValue& list) {
   return list.isNone() ? std::vector<at::Tensor>() : list.toTensorVector();
 }
 
+void check_entries(const char* name, size_t entries, size_t groups) {
+  FUSED_LARS_CHECK(entries == groups, InvalidOption, name, " has ", entries, " entries; expected ", groups,
+                   ", one for each entry of group_sizes");
+}
+
 // The op itself, for a backend and for both overloads: lr is a list of numbers or of tensors.
 template <Backend backend>
 void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -113,8 +118,7 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
     step.groups.resize(group_sizes.size());
     for_each_hyperparameter([&](const char* name, auto member) {
       const auto values = (argument++)->toListRef();
-      FUSED_LARS_CHECK(values.size() == group_sizes.size(), InvalidOption, name, " has ", values.size(),
-                       " entries; expected ", group_sizes.size(), ", one for each entry of group_sizes");
+      check_entries(name, values.size(), step.groups.size());
       for (size_t group = 0; group < values.size(); ++group) {
         if (values[group].isTensor()) {
           step.lr_tensors.push_back(values[group].toTensor());
@@ -137,7 +141,7 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
   torch::jit::drop(*stack, count);
 }
 
-at::Tensor squared_norms_of(NormsOnlyBackend backend, at::TensorList params, at::TensorList grads,
+at::Tensor squared_norms_of(NormBackend backend, at::TensorList params, at::TensorList grads,
                             at::IntArrayRef group_sizes, NormCall call) {
   check_and_assemble(params, grads, group_sizes, call);
   if (!params.empty()) return backend(call);
@@ -145,14 +149,14 @@ at::Tensor squared_norms_of(NormsOnlyBackend backend, at::TensorList params, at:
   return at::empty({0, 2}, at::TensorOptions(device).dtype(norm_dtype(device)));
 }
 
-template <NormsOnlyBackend backend>
+template <NormBackend backend>
 at::Tensor squared_norms_op(at::TensorList params, at::TensorList grads) {
   NormCall call;
   call.groups.resize(1);
   return squared_norms_of(backend, params, grads, {static_cast<int64_t>(params.size())}, std::move(call));
 }
 
-template <NormsOnlyBackend backend>
+template <NormBackend backend>
 at::Tensor squared_norms_groups_op(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
                                    at::ArrayRef<double> weight_decay, const c10::List<bool>& maximize,
                                    const c10::List<bool>& decayed_norm,
@@ -160,8 +164,7 @@ at::Tensor squared_norms_groups_op(at::TensorList params, at::TensorList grads, 
   NormCall call;
   call.groups.resize(group_sizes.size());
   const auto set = [&](const char* name, auto member, const auto& values) {
-    FUSED_LARS_CHECK(values.size() == group_sizes.size(), InvalidOption, name, " has ", values.size(),
-                     " entries; expected ", group_sizes.size(), ", one for each entry of group_sizes");
+    check_entries(name, values.size(), call.groups.size());
     for (size_t group = 0; group < call.groups.size(); ++group) call.groups[group].*member = values[group];
   };
   set("weight_decay", &Hyperparameters::weight_decay, weight_decay);
@@ -175,7 +178,7 @@ at::Tensor squared_norms_groups_op(at::TensorList params, at::TensorList grads, 
   return squared_norms_of(backend, params, grads, group_sizes, std::move(call));
 }
 
-template <NormBackend kernel>
+template <NormKernel kernel>
 at::Tensor fused_norm_backend(NormCall& call) {
   return run_dense(kernel, call);
 }
@@ -235,7 +238,7 @@ void register_step(torch::Library& library, const std::string& name) {
   }
 }
 
-template <NormsOnlyBackend backend>
+template <NormBackend backend>
 void register_norms(torch::Library& library) {
   library.impl("squared_norms", squared_norms_op<backend>);
   library.impl("squared_norms.groups", squared_norms_groups_op<backend>);

@@ -64,7 +64,8 @@ class PreparedStep final : public torch::CustomClassHolder {
     stack.emplace_back(std::move(grads));
     stack.insert(stack.end(), after_grads_.begin(), after_grads_.end());
     stack.insert(stack.end(), hyperparameters_.begin(), hyperparameters_.end());
-    for (const auto* tensor : {&squared_norms, &grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
+    for (const auto* tensor :
+         {&squared_norms, &grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
       stack.emplace_back(*tensor);
     op.callBoxed(stack);
   }

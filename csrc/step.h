@@ -67,7 +67,7 @@ struct NormCall {
 
 // (n, 2) of norm_dtype: row i is |params[i]|^2 and |grads[i]|^2 or, with decayed_norm, the square of
 // |g' + weight_decay * w|.
-using NormBackend = at::Tensor (*)(const NormCall& call);
+using NormKernel = at::Tensor (*)(const NormCall& call);
 at::Tensor squared_norms_reference(const NormCall& call);
 at::Tensor squared_norms_cpu(const NormCall& call);
 at::Tensor squared_norms_cuda(const NormCall& call);
