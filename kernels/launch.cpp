@@ -1,7 +1,6 @@
 #include "launch.h"
 
 #include <algorithm>
-#include <span>
 #include <utility>
 
 namespace fused_lars {
@@ -129,28 +128,24 @@ int64_t tile_bytes(const Kernel& kernel) {
 // L2; but two a multiprocessor, fewer do not keep the memory busy.
 int64_t resident_blocks(const Kernel& kernel, const LaunchOptions& options) {
   const int64_t in_l2 = options.l2_bytes / 5 / (options.multiprocessors * tile_bytes(kernel));
-  return options.multiprocessors * std::clamp<int64_t>(in_l2, 2, kernel.blocks_per_multiprocessor);
+  return options.multiprocessors * std::clamp<int64_t>(in_l2 + 1, 2, kernel.blocks_per_multiprocessor);
 }
 
 // How far norms run ahead, and which tensors are updated backwards, by the L2 that there is beside what is in
 // flight.
-void set_window(Order& order, const Kernel& kernel, const Tiling& tiling,
-                std::span<const LaunchTensor> tensors, const LaunchOptions& options) {
+void set_window(Order& order, const Kernel& kernel, const LaunchOptions& options) {
   const int64_t window = options.l2_bytes / 4 * 3;
   // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The
   // norms that are given were taken just before, in order.
   order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes(kernel));
 
   // Between the norms and the update of a tile lie at most its tensor and the distance. A distance of all
-  // resident blocks lets no update wait; what the largest tensor leaves of the window may not allow that.
-  int64_t largest = 0;
-  for (const auto& tensor : tensors) {
-    const uint32_t norm_items = tiling.items(tensor).norms;
-    if (norm_items <= order.forward_tiles) largest = std::max(largest, norm_items * tile_bytes(kernel));
-  }
+  // resident blocks lets no update wait; what the tensor leaves of the window may not allow that.
   const int64_t resident = resident_blocks(kernel, options);
-  const int64_t distance = (window - largest) / 3 / kernel.norm_item_bytes;
-  order.distance = static_cast<uint32_t>(std::clamp(distance, resident / 6, resident));
+  const int64_t norm_items = window / 3 / kernel.norm_item_bytes;
+  order.window = static_cast<uint32_t>(norm_items);
+  order.min_distance = static_cast<uint32_t>(resident / 6);
+  order.max_distance = static_cast<uint32_t>(std::clamp(norm_items, resident / 6, resident));
 }
 
 }  // namespace
@@ -180,7 +175,7 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   Packer packer(bucket, groups, tiling);
   for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
     packer.fill(p, begin);
-    set_window(p.order, kernel, tiling, std::span(bucket.tensors).subspan(begin, p.order.tensors), options);
+    set_window(p.order, kernel, options);
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
     const dim3 grid(std::min(ticket_count(p.order), resident));

@@ -29,16 +29,16 @@ __device__ __forceinline__ double decode_norm(double partial) {
 
 // A tile's partials, in all lanes of warp 0, given its plain sums in lane 0.
 template <typename Types>
-__device__ __forceinline__ Sums<double> tile_partials(
-    const Tile<Types>& tile, Sums<typename Types::Compute> sums,
-    const DecayedGradient<typename Types::Compute>* decayed) {
+__device__ __forceinline__ Sums<double> tile_partials(const Tile<Types>& tile,
+                                                      Sums<typename Types::Compute> sums,
+                                                      NormOf<typename Types::Compute> of) {
   using Compute = typename Types::Compute;
   sums = {__shfl_sync(~0u, sums.weight, 0), __shfl_sync(~0u, sums.grad, 0)};
   const Sums<double> scale = {square_scale<Compute>(sums.weight, Types::kTile),
                               square_scale<Compute>(sums.grad, Types::kTile)};
   if (scale.weight != 1.0 || scale.grad != 1.0) {
     const Sums<Compute> scaled = TileAgent<Types>::scaled_squared_sums(
-        tile, {static_cast<Compute>(scale.weight), static_cast<Compute>(scale.grad)}, decayed);
+        tile, {static_cast<Compute>(scale.weight), static_cast<Compute>(scale.grad)}, of);
     if (scale.weight != 1.0) sums.weight = scaled.weight;
     if (scale.grad != 1.0) sums.grad = scaled.grad;
   }

@@ -21,6 +21,8 @@
 namespace fused_lars {
 
 constexpr int kBlocksPerMultiprocessor = 4;
+// Draws tickets. Thread 0 waits for trust ratios meanwhile, so it is in another warp.
+constexpr uint32_t kTicketThread = 32;
 
 template <typename T>
 using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
@@ -55,10 +57,11 @@ __device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
 // Writes into shared memory at once: a Work by value, partly undefined where there is none, would hold
 // registers from one turn to the next.
 template <typename Types>
-__device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, Work<Types>& work) {
+__device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, const WorkItem& previous,
+                                        Work<Types>& work) {
   work.is_none = ticket >= ticket_count(p.order);
   if (ticket >= ticket_count(p.order)) return;
-  const WorkItem item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); });
+  const WorkItem item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); }, previous);
   const TensorRow row = p.tensor(item.tensor);
   const ItemCounts begin = p.items_before(item.tensor), end = p.items_before(item.tensor + 1);
   const bool has_norm_items = end.norms != begin.norms;
@@ -173,14 +176,23 @@ __device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<
   constexpr bool kMayBeNorms = std::is_same_v<typename Types::Compute, double>;
   Sums<double> total = {0.0, 0.0};
   bool any_norm = false;
-  for (uint32_t tile = lane; tile < work.tiles; tile += 32) {
-    Sums<double> add = partials[tile];
-    if (kMayBeNorms && (add.weight < 0.0 || add.grad < 0.0)) {
-      any_norm = true;
-      add = {add.weight < 0.0 ? 0.0 : add.weight, add.grad < 0.0 ? 0.0 : add.grad};
+  constexpr uint32_t kAhead = 12;  // loads under way: updates wait for their latency
+  for (uint32_t first = lane; first < work.tiles; first += 32 * kAhead) {
+    Sums<double> loaded[kAhead];
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      const uint32_t tile = first + 32 * k;
+      loaded[k] = tile < work.tiles ? partials[tile] : Sums<double>{};
     }
-    total.weight += add.weight;
-    total.grad += add.grad;
+#pragma unroll
+    for (Sums<double> add : loaded) {
+      if (kMayBeNorms && (add.weight < 0.0 || add.grad < 0.0)) {
+        any_norm = true;
+        add = {add.weight < 0.0 ? 0.0 : add.weight, add.grad < 0.0 ? 0.0 : add.grad};
+      }
+      total.weight += add.weight;
+      total.grad += add.grad;
+    }
   }
   typename cub::WarpReduce<double>::TempStorage storage;  // empty: the lanes shuffle
   total = {cub::WarpReduce<double>(storage).Sum(total.weight),
@@ -239,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ Coefficients<Compute> shared_coefficients[2];
   __shared__ typename Agent::Storage storage[2];
 
-  if (threadIdx.x == 0) look_up(p, draw_ticket(p), shared_work[0]);
+  if (threadIdx.x == kTicketThread) look_up(p, draw_ticket(p), {}, shared_work[0]);
   __syncthreads();
 
   for (uint32_t turn = 0;; turn ^= 1) {
@@ -251,23 +263,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       agent.template load<false>(work.tile);
     }
-    if (threadIdx.x == 0) {
-      const bool waits = !work.takes_norms &&
-                         p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
-      double q = waits ? published_trust_ratio(p, work.item.tensor) : 1.0;
-      // After the wait: a block that waits must not hold a norm item that others wait for. And before the
-      // coefficients, for which the compiler waits until the tile has come.
-      look_up(p, draw_ticket(p), shared_work[turn ^ 1]);
-      if (!work.takes_norms) {
-        if (!waits) q = trust_ratio_without_norms(p, work.item);
-        shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
-      }
+    if (threadIdx.x == kTicketThread) look_up(p, draw_ticket(p), work.item, shared_work[turn ^ 1]);
+    if (threadIdx.x == 0 && !work.takes_norms) {
+      const bool waits = p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
+      const double q =
+          waits ? published_trust_ratio(p, work.item.tensor) : trust_ratio_without_norms(p, work.item);
+      shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
     }
+    __syncwarp();  // the sums' shuffles would otherwise take the slow way of a warp that has diverged
     if (work.takes_norms) {
-      const auto* decayed = work.has_decayed_norm ? &shared_work[turn].decayed_gradient : nullptr;
-      const Sums<Compute> sums = agent.squared_sums(storage[turn], decayed);
+      // Copied before the barriers: after them another warp may write there.
+      NormOf<Compute> norm_of = {work.has_decayed_norm != 0, {}};
+      if (norm_of.decayed) norm_of.factors = shared_work[turn].decayed_gradient;
+      const Sums<Compute> sums = agent.squared_sums(storage[turn], norm_of);
       if (threadIdx.x < 32) {
-        const Sums<double> partial = tile_partials(work.tile, sums, decayed);
+        const Sums<double> partial = tile_partials(work.tile, sums, norm_of);
         if (!work.item.is_update) {
           count_norm_item(p, work, partial);
         } else if (threadIdx.x == 0) {

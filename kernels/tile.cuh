@@ -131,6 +131,13 @@ __device__ __forceinline__ void store(const Packed<T, kVector>& from, T* to, boo
   }
 }
 
+// What a gradient's norm is taken of. By value: a pointer to the factors would put them in local memory.
+template <typename Compute>
+struct NormOf {
+  bool decayed;  // the decayed gradient, else the gradient as stored
+  DecayedGradient<Compute> factors;
+};
+
 // One tile of one tensor.
 template <typename Types>
 struct Tile {
@@ -175,26 +182,22 @@ class TileAgent {
     });
   }
 
-  // Sums of squares of the loaded tile, of the decayed gradient where there is one in place of the gradient,
-  // in thread 0. Passes two barriers.
-  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage,
-                                                        const DecayedGradient<Compute>* decayed) const {
+  // Sums of squares of the loaded tile, in thread 0. Passes two barriers.
+  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage, NormOf<Compute> of) const {
     const Sums<Compute> sums =
-        decayed == nullptr
-            ? squares_of_thread([](Compute grad, Compute) { return grad; })
-            : squares_of_thread([d = *decayed](Compute grad, Compute weight) { return d(grad, weight); });
+        of.decayed ? squares_of_thread([=](Compute grad, Compute weight) { return of.factors(grad, weight); })
+                   : squares_of_thread([](Compute grad, Compute) { return grad; });
     return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
   }
 
   // The same in each lane of a warp that calls this together, of elements multiplied by scales. Reads the
   // tile again, since only that warp knows that it must.
-  static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(
-      const Tile<Types>& tile, Sums<Compute> scale, const DecayedGradient<Compute>* decayed) {
+  static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(const Tile<Types>& tile,
+                                                                      Sums<Compute> scale,
+                                                                      NormOf<Compute> of) {
     Sums<Compute> sums = {};
-    DecayedGradient<Compute> scaled = {};
-    if (decayed != nullptr) {
-      scaled = {decayed->grad_gain * scale.grad, decayed->weight_decay * scale.grad};
-    }
+    const DecayedGradient<Compute> scaled = {of.factors.grad_gain * scale.grad,
+                                             of.factors.weight_decay * scale.grad};
     for (uint32_t first = threadIdx.x % 32 * kVector; first < tile.count; first += 32 * kVector) {
       Packed<typename Types::Weight, kVector> weights;
       Packed<typename Types::Grad, kVector> grads;
@@ -207,8 +210,7 @@ class TileAgent {
         const auto stored_grad = static_cast<Compute>(grads.get(e));
         const Compute weight = stored_weight * scale.weight;
         // An infinite weight must not make the norm of a plain gradient NaN.
-        const Compute grad =
-            decayed == nullptr ? stored_grad * scale.grad : scaled(stored_grad, stored_weight);
+        const Compute grad = of.decayed ? scaled(stored_grad, stored_weight) : stored_grad * scale.grad;
         sums.weight = fma(weight, weight, sums.weight);
         sums.grad = fma(grad, grad, sums.grad);
       }

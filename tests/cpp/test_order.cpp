@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -17,16 +18,24 @@ using Tensors = std::vector<ItemCounts>;
 
 class Walk {
  public:
-  Walk(const Tensors& tensors, uint32_t distance, uint32_t forward_tiles) : tensors_(tensors) {
+  Walk(const Tensors& tensors, uint32_t distance, uint32_t forward_tiles, uint32_t window = 1u << 30)
+      : tensors_(tensors) {
     ItemCounts sum = {0, 0};
     for (const auto& tensor : tensors) {
       before_.push_back(sum);
       sum = {sum.norms + tensor.norms, sum.updates + tensor.updates};
     }
     before_.push_back(sum);
-    order_ = {sum, static_cast<uint32_t>(tensors.size()), distance, forward_tiles};
+    order_ = {sum, static_cast<uint32_t>(tensors.size()), window, distance / 6, distance, forward_tiles};
+    std::mt19937 random(1);
     for (uint32_t ticket = 0; ticket < ticket_count(order_); ++ticket) {
       items_.push_back(work_item(order_, ticket, [&](uint32_t i) { return before_[i]; }));
+      // The same from any item before it.
+      const size_t from = random() % items_.size();
+      const auto found = work_item(order_, ticket, [&](uint32_t i) { return before_[i]; }, items_[from]);
+      EXPECT_EQ(
+          std::tie(found.tensor, found.tile, found.is_update, found.turn),
+          std::tie(items_.back().tensor, items_.back().tile, items_.back().is_update, items_.back().turn));
     }
   }
 
@@ -47,7 +56,8 @@ class Walk {
       EXPECT_EQ(norms[item.tensor].size(), tensors_[item.tensor].norms);
       // Ahead by the distance, and by no more.
       const uint32_t own = before_[item.tensor + 1].norms;
-      EXPECT_EQ(norms_out, std::min(own + order_.distance, order_.items.norms));
+      const uint32_t distance = distance_after(order_, tensors_[item.tensor].norms);
+      EXPECT_EQ(norms_out, std::min(own + distance, order_.items.norms));
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
       std::vector<uint32_t> tiles(tensors_[i].norms);
@@ -104,6 +114,15 @@ TEST(Order, LargeTensorsAreUpdatedFromTheirEnd) {
   Walk(tensors, 2, 0).check();
 }
 
+TEST(Order, ALargeTensorHasAShorterDistance) {
+  const Tensors tensors = {{2, 2}, {40, 40}, {2, 2}, {400, 400}, {7, 7}, {0, 1}, {90, 90}};
+  Walk(tensors, 12, kForward, 30).check();
+  const Order order = {{0, 0}, 1, 30, 2, 12, kForward};
+  EXPECT_EQ(distance_after(order, 2), 12u);
+  EXPECT_EQ(distance_after(order, 40), 10u);
+  EXPECT_EQ(distance_after(order, 400), 2u);
+}
+
 TEST(Order, ListsOfManySizes) {
   std::mt19937 random(0);
   for (int run = 0; run < 200; ++run) {
@@ -112,7 +131,8 @@ TEST(Order, ListsOfManySizes) {
       const uint32_t tiles = 1 + (random() % 4 == 0 ? random() % 60 : random() % 3);
       tensor = {random() % 3 == 0 ? 0 : tiles, tiles};
     }
-    Walk(tensors, random() % 50, random() % 2 ? kForward : random() % 30).check();
+    const uint32_t distance = random() % 50;
+    Walk(tensors, distance, random() % 2 ? kForward : random() % 30, distance + random() % 50).check();
   }
 }
 
