@@ -135,16 +135,20 @@ Lars::State Lars::state() const {
 
 Lars Lars::from_state(const State& state) {
   const auto& [version, settings, ids, buffers] = state;
-  FUSED_LARS_CHECK(version == kStateVersion, InvalidOption, "the stored Lars has format version ", version,
-                   "; this library reads version ", kStateVersion);
-  FUSED_LARS_CHECK(settings.size() == 5 && ids.size() == buffers.size(), InvalidOption,
+  FUSED_LARS_CHECK(version == 1 || version == kStateVersion, InvalidOption,
+                   "the stored Lars has format version ", version, "; this library reads version ",
+                   kStateVersion);
+  // Version 1 had no decayed_norm.
+  const size_t count = version == 1 ? 4 : 5;
+  FUSED_LARS_CHECK(settings.size() == count && ids.size() == buffers.size(), InvalidOption,
                    "the stored Lars has ", settings.size(), " settings, ", ids.size(), " ids and ",
-                   buffers.size(), " momentum buffers; expected 5 settings and equally many ids and buffers");
+                   buffers.size(), " momentum buffers; expected ", count,
+                   " settings and equally many ids and buffers");
   auto lars = std::move(Lars(settings[0])
                             .with_momentum(settings[1])
                             .with_weight_decay(settings[2])
                             .with_trust_coefficient(settings[3])
-                            .with_decayed_norm(settings[4] != 0.0));
+                            .with_decayed_norm(version != 1 && settings[4] != 0.0));
   // copy.deepcopy of a TorchScript object hands the state over as it is.
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < ids.size(); ++i) {

@@ -39,10 +39,12 @@ template <typename Types>
 struct Work {
   Tile<Types> tile;
   WorkItem item;
-  uint32_t tiles;             // of the tensor
-  uint32_t has_decayed_norm;  // a word, since a vector load of three bools would read what nobody wrote
-  bool takes_norms;           // as every norm item does
-  bool is_none;               // the block is done
+  uint32_t tiles;  // of the tensor
+  // Words, since a vector load of four bools would read what nobody wrote.
+  uint32_t has_decayed_norm;
+  uint32_t waits;                                             // for norms that other items take
+  bool takes_norms;                                           // as every norm item does
+  bool is_none;                                               // the block is done
   DecayedGradient<typename Types::Compute> decayed_gradient;  // where its norm is taken
 };
 
@@ -72,6 +74,7 @@ __device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, co
   const Hyperparameters& group = p.group(row.group).hyperparameters;
   work.takes_norms = !item.is_update || (!has_norm_items && p.given_squared_norms == nullptr &&
                                          (group.layer_adaptation || p.layer_norms != nullptr));
+  work.waits = item.is_update && has_norm_items;
   work.has_decayed_norm = group.decayed_norm;
   if (group.decayed_norm) {
     work.decayed_gradient = decayed_gradient<typename Types::Compute>(group, grad_scale(p));
@@ -263,11 +266,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       agent.template load<false>(work.tile);
     }
-    if (threadIdx.x == kTicketThread) look_up(p, draw_ticket(p), work.item, shared_work[turn ^ 1]);
+    // Two warps at once: one draws the next ticket, the other sees to this item's coefficients.
+    if (threadIdx.x == kTicketThread) {
+      // A block that waits must not hold a norm item that others wait for.
+      if (work.waits) published_trust_ratio(p, work.item.tensor);
+      look_up(p, draw_ticket(p), work.item, shared_work[turn ^ 1]);
+    }
     if (threadIdx.x == 0 && !work.takes_norms) {
-      const bool waits = p.items_before(work.item.tensor + 1).norms != p.items_before(work.item.tensor).norms;
       const double q =
-          waits ? published_trust_ratio(p, work.item.tensor) : trust_ratio_without_norms(p, work.item);
+          work.waits ? published_trust_ratio(p, work.item.tensor) : trust_ratio_without_norms(p, work.item);
       shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
     }
     __syncwarp();  // the sums' shuffles would otherwise take the slow way of a warp that has diverged

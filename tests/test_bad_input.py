@@ -716,3 +716,21 @@ def test_a_default_device_that_is_not_the_parameters():
     with torch.device("meta"):
         optimizer.step()
     assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "maximize", "trust_clip", "decayed_norm", "master_weights"])
+def test_a_switch_that_is_none(name):
+    for value in ("no", None, 2):
+        with pytest.raises(ValueError, match=rf"^{name} is {value!r}; allowed: True, False"):
+            LARS([nn.Parameter(torch.ones(2))], **{name: value})
+    optimizer = LARS([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=rf"^{name} in group 1 is 'no'; allowed: True, False"):
+        optimizer.load_state_dict(
+            {
+                "state": {},
+                "param_groups": [
+                    optimizer.state_dict()["param_groups"][0],
+                    {**optimizer.state_dict()["param_groups"][0], name: "no"},
+                ],
+            }
+        )

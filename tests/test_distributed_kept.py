@@ -184,3 +184,27 @@ def test_an_error_in_a_repeated_step_names_the_parameter():
     assert all(torch.equal(a, b) for a, b in zip(before, params))
     set_grads(params, 3)
     optimizer.step()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("lr", [torch.tensor(1), "0.1", None, torch.ones(2)], ids=str)
+def test_an_lr_of_the_wrong_kind_on_one_rank_steps_none(lr):
+    """Found before the message, also where its value is that of the other rank."""
+    params, optimizer = make(lr=1.0)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 3)
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(
+            ValueError, match=r"lr (of|in) group 0|Tensor lr must be 1-element; lr in group 0"
+        ):
+            optimizer.step()
+    else:
+        with pytest.raises(RuntimeError, match=r"rank 1 cannot step, so no rank has: ValueError: .*lr"):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params))
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()

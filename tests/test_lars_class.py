@@ -304,6 +304,13 @@ def test_a_stored_object_of_another_version_is_refused():
         torch.ScriptObject.__new__(torch.ScriptObject).__setstate__(((version + 1, *rest), name))
 
 
+def test_a_stored_object_of_the_first_version_has_no_decayed_norm():
+    (_, settings, *rest), name = make().__getstate__()
+    old = torch.ScriptObject.__new__(torch.ScriptObject)
+    old.__setstate__(((1, settings[:4], *rest), name))
+    assert repr(old) == repr(make())
+
+
 def test_steps_are_outside_of_autograd(device):
     (weight,) = tensors(device, (4,))
     weight.requires_grad_()

@@ -120,3 +120,27 @@ def test_gradients_of_a_scaler_are_unscaled(way, decayed_norm, device):
     scaler.scale(torch.ones((), device=device))
     scaler.step(optimizer)
     assert all(same_bits(a, b.grad) for a, b in zip(norms, optimizer.layer_norms().values()))
+
+
+def test_a_refused_step_leaves_the_record(device):
+    model = make_model(device)
+    optimizer = LARS(model.parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    before = optimizer.layer_norms(by_name=True, as_numbers=True)
+    model[0].weight.grad = None
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    assert optimizer.layer_norms(by_name=True, as_numbers=True) == before
+
+
+def test_a_parameter_without_a_name_has_its_place(device):
+    model = make_model(device)
+    optimizer = LARS(model.named_parameters(), lr=0.1)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(3, device=device)))
+    backward(model)
+    optimizer.param_groups[0]["params"][-1].grad = torch.ones(3, device=device)
+    optimizer.step()
+    names = [*dict(model.named_parameters()), "param_groups[0]['params'][4]"]
+    assert list(optimizer.layer_norms(by_name=True)) == names

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,3 +212,40 @@ def test_gradients_that_come_and_go_are_not_prepared(device):
             first(optimizer).grad = None
         optimizer.step()
         assert optimizer._prepared is None
+
+
+def test_an_option_that_is_changed_in_place_counts(device):
+    """A tensor in the place of a number, which the constructor refuses, is read in every step."""
+    results = []
+    for is_prepared in (True, False):
+        optimizer = make(device)
+        for step in range(8):
+            if step == 4:
+                decay = optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.5)
+            if step == 6:
+                decay.zero_()
+            set_grads(optimizer, step)
+            if not is_prepared:
+                optimizer._prepared = None
+            optimizer.step()
+        results.append(tensors_of(optimizer))
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.tensor([0.1, 0.2]), torch.tensor(1), np.array([0.1, 0.2]), np.array(0.5)], ids=str
+)
+def test_an_lr_of_the_wrong_kind_has_the_error_of_any_step(device, lr):
+    texts = []
+    for is_prepared in (True, False):
+        optimizer = make(device)
+        for step in range(4):
+            set_grads(optimizer, step)
+            optimizer.step()
+        optimizer.param_groups[1]["lr"] = lr
+        if not is_prepared:
+            optimizer._prepared = None
+        with pytest.raises(ValueError, match="lr") as caught:
+            optimizer.step()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]

@@ -248,6 +248,7 @@ def test_between_momentum_conventions(source, classic_momentum):
         set_grads(before, step)
         saved.step()
     state_dict = copy.deepcopy(saved.state_dict())
+    del state_dict["param_groups"][0]["classic_momentum"]  # of LARS alone
     if source == "apex":
         for values in state_dict["state"].values():
             values["momentum_buffer"] = -values["momentum_buffer"]
@@ -306,6 +307,30 @@ def test_what_cannot_be_converted_is_said():
             convert_state_dict(theirs, ours, *arguments)
     apex = LARS(make_params(), lr=0.0, momentum=0.9)
     apex.state[apex.param_groups[0]["params"][0]]["momentum_buffer"] = torch.ones(5, 3, dtype=F64)
+    state_dict = apex.state_dict()
+    with pytest.raises(ValueError, match="this is a state_dict of LARS already"):
+        convert_state_dict(state_dict, ours, "sgd")
+    del state_dict["param_groups"][0]["classic_momentum"]
     with pytest.raises(ValueError, match="lr of parameter 0 is 0 in the state_dict; expected > 0"):
-        convert_state_dict(apex.state_dict(), run_of(make_params(), 0.1, False), "apex")
+        convert_state_dict(state_dict, run_of(make_params(), 0.1, False), "apex")
+    with pytest.raises(
+        ValueError, match=r"this is not a state_dict: it has no .*, only .'model', 'optimizer'"
+    ):
+        convert_state_dict({"model": {}, "optimizer": theirs}, ours, "mu")
+    with pytest.raises(ValueError, match=r"optimizer is SGD; expected fused_lars\.LARS"):
+        convert_state_dict(theirs, torch.optim.SGD(params), "mu")
+    with pytest.raises(ValueError, match=r"params\[0\] is str; expected a parameter"):
+        convert_state_dict(theirs, ours, "mu", ["w"] * 6)
     assert not ours.state
+
+
+def test_buffers_of_half_precision_keep_their_digits():
+    """Multiplied by the learning rate in fp32, where the optimizer keeps them in fp32."""
+    param = nn.Parameter(torch.ones(100, dtype=torch.float16))
+    sgd = torch.optim.SGD([param], lr=0.001, momentum=0.9)
+    param.grad = torch.linspace(1e-4, 2e-4, 100).half()
+    sgd.step()
+    ours = LARS([param], lr=0.001, momentum=0.9, master_weights=True)
+    ours.load_state_dict(convert_state_dict(sgd.state_dict(), ours, "sgd", [("w", param)]))
+    expected = 0.001 * sgd.state[param]["momentum_buffer"].double()
+    torch.testing.assert_close(ours.state[param]["momentum_buffer"].double(), expected, rtol=1e-6, atol=0)

@@ -330,3 +330,23 @@ def test_a_master_that_is_none():
         "master_param": torch.float32,
         "momentum_buffer": torch.float32,
     }
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_from_before_decayed_norm_goes_on_without_it(now):
+    """Whatever the optimizer is made with now; by state_dict and by pickle."""
+    params = make_params("cpu")
+    optimizer = LARS([{"params": params[:1]}, {"params": params[1:], "decayed_norm": now}], decayed_norm=now)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["decayed_norm"]
+    optimizer.load_state_dict(state)
+    assert [group["decayed_norm"] for group in optimizer.param_groups] == [False, False]
+    state = optimizer.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        options.pop("decayed_norm", None)
+    old = LARS.__new__(LARS)
+    old.__setstate__(state)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    old.step()

@@ -13,6 +13,9 @@ NUMBERS = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind()
 SWITCHES = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "BoolType")
 HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
+# Options that came later, and what runs from before them had.
+ADDED_OPTIONS = {"decayed_norm": False}
+
 # What an optimizer keeps for a parameter.
 STATE = ("momentum_buffer", "master_param", "step")
 
@@ -25,6 +28,8 @@ FUSED_DEVICES = tuple(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key)
 )
+
+_PLAIN = {float, int, bool, str, type(None)}
 
 _FUSED_DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -44,11 +49,28 @@ def check_group(group, index: int | None = None) -> None:
     for name in NUMBERS:
         check_number(name, values[name], index)
     check_adaptation(values["layer_adaptation"], index)
+    for name in SWITCHES:
+        if name != "layer_adaptation" and not isinstance(values[name], bool):
+            raise ValueError(f"{name}{where} is {values[name]!r}; allowed: True, False")
     check_hyperparameters({**values, "layer_adaptation": bool(values["layer_adaptation"])}, index)
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
+
+
+def are_plain(options) -> bool:
+    """Whether values of options are plain numbers, switches and words, which nobody changes in place.
+
+    Whatever else stands there is for a step's checks to refuse, or is a tensor as lr.
+    """
+    return _PLAIN.issuperset(map(type, options))
+
+
+def are_hyperparameters(values) -> bool:
+    """Whether the values of HYPERPARAMETERS are numbers and switches as they are most often."""
+    numbers, switches = values[: len(NUMBERS)], values[len(NUMBERS) :]
+    return {float, int}.issuperset(map(type, numbers)) and {bool, str}.issuperset(map(type, switches))
 
 
 def host_reads(lr: Tensor) -> bool:

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .checks import HALF
 from .op_call import place_of
+from .optimizer import LARS
 
 __all__ = ["convert_state_dict"]
 
@@ -39,8 +42,8 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
             lightning-bolts, solo-learn, pytorch_optimizer, and what torchlars and apex's LARC wrap (SwAV,
             VISSL). "mu" for the LARS of Barlow Twins, VICReg, DINO, MoCo v3 and MAE. "apex" for apex's
             FusedLARS, whose buffers have the other sign.
-        params (iterable, optional): the parameters in the order in which the other optimizer got them, such
-            as ``model.parameters()``. Default: the order of ``optimizer``.
+        params (iterable, optional): the parameters, or pairs of a name and a parameter, in the order in which
+            the other optimizer got them, such as ``model.parameters()``. Default: the order of ``optimizer``.
 
     Returns:
         A dict for :meth:`fused_lars.LARS.load_state_dict`.
@@ -55,15 +58,27 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
         >>> state = fused_lars.convert_state_dict(theirs, optimizer, "mu", model.parameters())
         >>> optimizer.load_state_dict(state)
     """
-    if source not in _SOURCES:
+    if not isinstance(source, str) or source not in _SOURCES:
         raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
     key, sign, is_classic = _SOURCES[source]
+    if not isinstance(optimizer, LARS):
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__}; expected fused_lars.LARS, which loads the result"
+        )
+    if missing := {"state", "param_groups"} - set(state_dict):
+        raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
+    if any("classic_momentum" in group for group in state_dict["param_groups"]):
+        raise ValueError("this is a state_dict of LARS already; expected another optimizer's")
     own = {
         id(p): (group, group_index, index)
         for group_index, group in enumerate(optimizer.param_groups)
         for index, p in enumerate(group["params"])
     }
     params = [p for group in optimizer.param_groups for p in group["params"]] if params is None else [*params]
+    params = [p[1] if isinstance(p, tuple) else p for p in params]  # of named_parameters()
+    for number, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise ValueError(f"params[{number}] is {type(param).__name__}; expected a parameter")
     saved = [(saved_id, group) for group in state_dict["param_groups"] for saved_id in group["params"]]
     if len(saved) != len(params):
         raise ValueError(f"the state_dict has {len(saved)} parameters; expected {len(params)}")
@@ -81,10 +96,11 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
         if buffer is None:
             continue
         place = place_of(group_index, index)
-        if not isinstance(buffer, Tensor) or buffer.shape != param.shape:
-            shape = tuple(buffer.shape) if isinstance(buffer, Tensor) else repr(buffer)
+        if not isinstance(buffer, Tensor):
+            raise ValueError(f"{key} of parameter {saved_id} is {type(buffer).__name__}; expected a Tensor")
+        if buffer.shape != param.shape:
             raise ValueError(
-                f"{key} of parameter {saved_id} has shape {shape}; expected that of {place}, "
+                f"{key} of parameter {saved_id} has shape {tuple(buffer.shape)}; expected that of {place}, "
                 f"{tuple(param.shape)}: pass params in the order of the state_dict"
             )
         factor = sign
@@ -96,5 +112,7 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
                     f"holds the learning rate and that of {place} does not"
                 )
             factor = factor / lr if is_classic else factor * lr
+        if buffer.dtype in HALF:
+            buffer = buffer.to(torch.float32)  # which an fp32 buffer of ours keeps
         state[result["param_groups"][group_index]["params"][index]] = {"momentum_buffer": factor * buffer}
     return {**result, "state": state}

@@ -18,9 +18,10 @@ def take_over(param: Tensor, master: Tensor) -> None:
 class WrittenParams:
     """Finds the parameters with a master that were written since the last step, most often none.
 
-    A write raises a tensor's version counter, and ``param.data = ...`` changes its address. Where these are
-    not known, after a load or a copy for one, values are compared; what is kept here only saves that. A write
-    through ``param.data``, such as ``param.data.copy_(...)``, changes neither and is not noticed.
+    A write raises a tensor's version counter, and ``param.data = ...`` most often changes its address. Where
+    these are not known, after a load or a copy for one, values are compared; what is kept here only saves
+    that. A write through ``param.data``, such as ``param.data.copy_(...)``, changes neither and is not
+    noticed.
     """
 
     def __init__(self) -> None:

@@ -268,7 +268,8 @@ def _resolve_adaptation(values) -> None:
 
 def parameter_name(group, group_index: int, index: int) -> str:
     """A parameter's name in an error."""
-    name = f" {group['param_names'][index]!r}," if "param_names" in group else ""
+    names = group.get("param_names", ())
+    name = f" {names[index]!r}," if index < len(names) else ""
     return f"parameter{name} {place_of(group_index, index)}"
 
 

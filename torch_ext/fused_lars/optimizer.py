@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .checks import HALF, NUMBERS, check_group, check_params
+from .checks import ADDED_OPTIONS, HALF, NUMBERS, check_group, check_params
 from .masters import WrittenParams, take_over
 from .op_call import OpCalls, Workspaces, uses_ordinary_operators, way_to_compute
 from .prepared_step import PreparedStep
@@ -166,7 +166,11 @@ class LARS(Optimizer):
         groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
         self._make_scratch()
-        # Groups of a checkpoint that an older version wrote.
+        # Groups of a checkpoint or a pickle that an older version wrote.
+        for name, value in ADDED_OPTIONS.items():
+            self.defaults.setdefault(name, value)
+            for group in self.param_groups:
+                group.setdefault(name, value)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -363,16 +367,15 @@ class LARS(Optimizer):
         has_masters = any(call.master_params for call in calls.values())
         if has_masters and self._sharding is None:
             self._written_params.before_step(self.param_groups, self.state)
-        is_repeated = self._records.take(
-            {key: self._records.of_call(key, call.params) for key, call in calls.items()}
-        )
+        records = {key: self._records.of_call(key, call.params) for key, call in calls.items()}
         # A step of several calls is checked as a whole before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 workspace = self._workspaces[call.device]
-                record = self._records[key]
+                record = records[key]
                 self._run(call, grad_scale, found_inf, record, workspace.tensor, check_only=check_only)
                 workspace.after_use()
+        is_repeated = self._records.take(records)
         if self._sharding is not None:
             self._sharding.after_step(self)
         if has_masters:

@@ -1,11 +1,12 @@
 """A step whose arguments stay in C++ from one step to the next, for as long as they are the same tensors."""
 
+from itertools import chain
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES
+from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES, are_plain
 from .op_call import OpCall, SameParams, SameState, hyperparameter_lists, on_device
 from .records import Record
 
@@ -65,6 +66,8 @@ class PreparedStep:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
         options = [*map(_get_options, param_groups)]
+        if not are_plain(chain.from_iterable(options)):
+            return False
         return options == self._options or self._hand_over(options)
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
@@ -86,7 +89,7 @@ class PreparedStep:
         return done
 
     def _hand_over(self, options: list[tuple]) -> bool:
-        if any(isinstance(lr, Tensor) for lr, *_ in options) or [*map(_needs, options)] != self._kept:
+        if [*map(_needs, options)] != self._kept:
             return False
         try:
             values = hyperparameter_lists([o[: len(HYPERPARAMETERS)] for o in options])

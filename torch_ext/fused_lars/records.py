@@ -80,5 +80,6 @@ def _named(values: dict, param_groups) -> dict:
         names = group.get("param_names")
         for index, param in enumerate(group["params"]):
             if param in values:
-                result[names[index] if names else place_of(group_index, index)] = values[param]
+                has_name = names is not None and index < len(names)
+                result[names[index] if has_name else place_of(group_index, index)] = values[param]
     return result

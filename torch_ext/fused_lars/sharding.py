@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from .checks import HYPERPARAMETERS, are_hyperparameters, check_group
 from .norm_rows import NormRows
 from .op_call import OpCalls, SameParams, SameState, Workspaces, on_device, parameter_name, way_to_compute
 from .peers import Exchange, Peers, raise_first
@@ -171,7 +172,12 @@ class Sharding:
             return
         # What the step alone would refuse, state, is found before the other ranks are told that this one
         # steps, where it is not that of the last time. The norms op sees everything else.
-        if not gathered.is_renewed:
+        is_plain = all(
+            are_hyperparameters(values) for call in calls.values() for values in call.hyperparameters
+        )
+        if not is_plain:
+            self._check(optimizer, calls)
+        elif not gathered.is_renewed:
             state = [id(t) for call in calls.values() for tensors in call.local[2:] for t in tensors]
             if state != self._checked:
                 self._check(optimizer, calls)
@@ -310,6 +316,9 @@ def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
 
 
 def _set_options(rank_sets: list[_RankSet], param_groups, given: dict[str, bool]) -> None:
+    for index, group in enumerate(param_groups):
+        if not are_hyperparameters([group[name] for name in HYPERPARAMETERS]):
+            check_group(group, index)  # before a tensor or a text is taken for a number
     for rank_set in rank_sets:
         if rank_set.peers is not None:
             rank_set.peers.set_options([param_groups[index] for index in rank_set.parts], given)
