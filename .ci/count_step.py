@@ -14,8 +14,9 @@ import torchvision
 import fused_lars
 
 MASTERS = "bf16, fp32 masters"
-# With an L2 of 40 MB and more, and with less: there the norms' reads are paid for, as by other kernels.
-LIMITS = {"fp32": (20.6, 28.5), "bf16": (10.5, 14.3), MASTERS: (21.0, 26.5)}
+# With an L2 of 50 MB, of 40 MB, and with less: there the norms' reads are paid for, as by other kernels. The
+# simulator's order of execution is coarser than a GPU's and loses more of the L2.
+LIMITS = {"fp32": (20.6, 20.9, 28.5), "bf16": (10.5, 10.5, 14.3), MASTERS: (21.0, 21.0, 26.5)}
 INSTRUCTIONS = 38.0
 NOTHING_OF = ("host_syncs", "memsets", "memcpy_h2d", "memcpy_d2h", "memcpy_d2d")
 
@@ -56,7 +57,7 @@ def main() -> None:
         n = sum(torch.Size(shape).numel() for shape in shapes)
         dram = (totals["dram_read_bytes"] + totals["dram_write_bytes"] + totals["l2_dirty_bytes"]) / n
         instructions = totals["thread_instructions"] / n
-        limit = LIMITS[types][l2 < 40]
+        limit = LIMITS[types][(l2 < 50) + (l2 < 40)]
         others = {key: api[key] for key in NOTHING_OF if api[key]}
         if totals["launches"] > launches or dram > limit or instructions >= INSTRUCTIONS or others:
             failed.append(f"{name}, {types}")

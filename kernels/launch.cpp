@@ -124,10 +124,10 @@ int64_t tile_bytes(const Kernel& kernel) {
   return int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
 }
 
-// As many blocks as the kernel is bound for, unless what they have in flight takes more than a quarter of the
+// As many blocks as the kernel is bound for, unless what they have in flight takes more than a fifth of the
 // L2; but two a multiprocessor, fewer do not keep the memory busy.
 int64_t resident_blocks(const Kernel& kernel, const LaunchOptions& options) {
-  const int64_t in_l2 = options.l2_bytes / 4 / (options.multiprocessors * tile_bytes(kernel));
+  const int64_t in_l2 = options.l2_bytes / 5 / (options.multiprocessors * tile_bytes(kernel));
   return options.multiprocessors * std::clamp<int64_t>(in_l2, 2, kernel.blocks_per_multiprocessor);
 }
 
@@ -139,13 +139,13 @@ void set_window(Order& order, const Kernel& kernel, const LaunchOptions& options
   // norms that are given were taken just before, in order.
   order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes(kernel));
 
-  // Between the norms and the update of a tile lie at most its tensor and the distance. A distance of all
-  // resident blocks lets no update wait; what the tensor leaves of the window may not allow that.
+  // Between the norms and the update of a tile lie at most its tensor and the distance. At a distance of most
+  // resident blocks few updates wait; what the tensor leaves of the window may not allow that.
   const int64_t resident = resident_blocks(kernel, options);
   const int64_t norm_items = window / 4 / kernel.norm_item_bytes;
   order.window = static_cast<uint32_t>(norm_items);
   order.min_distance = static_cast<uint32_t>(resident / 6);
-  order.max_distance = static_cast<uint32_t>(std::clamp(norm_items, resident / 6, resident));
+  order.max_distance = static_cast<uint32_t>(std::clamp(norm_items, resident / 6, resident / 4 * 3));
 }
 
 }  // namespace
