@@ -42,9 +42,10 @@ struct Work {
   uint32_t tiles;  // of the tensor
   // Words, since a vector load of four bools would read what nobody wrote.
   uint32_t has_decayed_norm;
-  uint32_t waits;                                             // for norms that other items take
-  bool takes_norms;                                           // as every norm item does
-  bool is_none;                                               // the block is done
+  uint32_t waits;    // for norms that other items take
+  bool takes_norms;  // as every norm item does
+  bool is_none;      // the block is done
+
   DecayedGradient<typename Types::Compute> decayed_gradient;  // where its norm is taken
 };
 
