@@ -8,6 +8,7 @@ from torch import Tensor
 from .checks import HALF
 from .op_call import place_of
 from .optimizer import LARS
+from .state_dict import check_has_state
 
 __all__ = ["convert_state_dict"]
 
@@ -65,8 +66,7 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
         raise ValueError(
             f"optimizer is {type(optimizer).__name__}; expected fused_lars.LARS, which loads the result"
         )
-    if missing := {"state", "param_groups"} - set(state_dict):
-        raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
+    check_has_state(state_dict)
     if any("classic_momentum" in group for group in state_dict["param_groups"]):
         raise ValueError("this is a state_dict of LARS already; expected another optimizer's")
     own = {

@@ -268,9 +268,14 @@ def _resolve_adaptation(values) -> None:
 
 def parameter_name(group, group_index: int, index: int) -> str:
     """A parameter's name in an error."""
+    name = name_in_group(group, index)
+    return f"parameter{'' if name is None else f' {name!r},'} {place_of(group_index, index)}"
+
+
+def name_in_group(group, index: int) -> str | None:
+    """None for a parameter that was given without a name, or put into the list later."""
     names = group.get("param_names", ())
-    name = f" {names[index]!r}," if index < len(names) else ""
-    return f"parameter{name} {place_of(group_index, index)}"
+    return names[index] if index < len(names) else None
 
 
 def place_of(group_index: int, index: int) -> str:

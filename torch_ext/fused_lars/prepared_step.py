@@ -10,7 +10,7 @@ from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES, are_plain
 from .op_call import OpCall, SameParams, SameState, hyperparameter_lists, on_device
 from .records import Record
 
-_get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
+get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
 _MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
 _MASTERS = HYPERPARAMETERS.index("master_weights")
 
@@ -27,7 +27,7 @@ class PreparedStep:
         self._device, self._record, self._workspace = call.device, record, workspace
         self._params = SameParams(param_groups)
         self._options: list[tuple] = []
-        self._kept = [*map(_needs, map(_get_options, param_groups))]
+        self._kept = [*map(needs, map(get_options, param_groups))]
         self._state = SameState(state)
         self.has_masters = bool(call.master_params)
         called = {*map(id, call.params)}
@@ -65,7 +65,7 @@ class PreparedStep:
         # A captured graph keeps what it writes.
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        options = [*map(_get_options, param_groups)]
+        options = [*map(get_options, param_groups)]
         if not are_plain(chain.from_iterable(options)):
             return False
         return options == self._options or self._hand_over(options)
@@ -89,7 +89,7 @@ class PreparedStep:
         return done
 
     def _hand_over(self, options: list[tuple]) -> bool:
-        if [*map(_needs, options)] != self._kept:
+        if [*map(needs, options)] != self._kept:
             return False
         try:
             values = hyperparameter_lists([o[: len(HYPERPARAMETERS)] for o in options])
@@ -100,6 +100,6 @@ class PreparedStep:
         return True
 
 
-def _needs(options: tuple) -> tuple:
+def needs(options: tuple) -> tuple:
     """What decides which tensors a group's call has, and how it is computed."""
     return (bool(options[_MOMENTUM]), bool(options[_DAMPENING]), *options[_MASTERS:])

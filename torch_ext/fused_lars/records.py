@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .op_call import place_of
+from .op_call import name_in_group, place_of
 
 
 class LayerNorms(NamedTuple):
@@ -77,9 +77,7 @@ def _rows(tensor: Tensor, as_numbers: bool):
 def _named(values: dict, param_groups) -> dict:
     result = {}
     for group_index, group in enumerate(param_groups):
-        names = group.get("param_names")
         for index, param in enumerate(group["params"]):
             if param in values:
-                has_name = names is not None and index < len(names)
-                result[names[index] if has_name else place_of(group_index, index)] = values[param]
+                result[name_in_group(group, index) or place_of(group_index, index)] = values[param]
     return result

@@ -20,6 +20,7 @@ from .checks import HYPERPARAMETERS, are_hyperparameters, check_group
 from .norm_rows import NormRows
 from .op_call import OpCalls, SameParams, SameState, Workspaces, on_device, parameter_name, way_to_compute
 from .peers import Exchange, Peers, raise_first
+from .prepared_step import get_options, needs
 
 _FLATTENED = "_fsdp_flattened"  # FSDP1's mark on flat parameters, and on parameters that are views of them
 
@@ -249,7 +250,7 @@ class _Gathered:
         called = sum(len(call.params) for call in self.calls.values())
         if not self.has_own_grads or called != sum(len(params) for _, _, params, _ in self._parts):
             return False  # some have no gradient
-        self._kinds = [*map(_kind, optimizer.param_groups)]
+        self._needs = [*map(needs, map(get_options, optimizer.param_groups))]
         try:
             self._state = SameState(optimizer.state)
         except KeyError:
@@ -259,7 +260,9 @@ class _Gathered:
     def renew(self, optimizer, found_inf: Tensor | None) -> bool:
         """Takes the parameters' present gradients. Returns False if this is another step than the last."""
         groups = optimizer.param_groups
-        if [*map(_kind, groups)] != self._kinds or not self._state.is_still(optimizer.state):
+        if [*map(needs, map(get_options, groups))] != self._needs or not self._state.is_still(
+            optimizer.state
+        ):
             return False
         grads = []
         for rank_set, _, params, local_params in self._parts:
@@ -293,15 +296,6 @@ _get_local, _get_spec = attrgetter("_local_tensor"), attrgetter("_spec")
 _is_there = partial(is_not, None)
 
 
-def _kind(group) -> tuple:
-    """What decides which tensors a group's parameters have in a call, and in which call."""
-    return (
-        bool(group["momentum"]),
-        bool(group["dampening"]),
-        *(group[name] for name in ("master_weights", "foreach", "differentiable", "fused")),
-    )
-
-
 def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """Whether gradients are DTensors and placed as their parameters are."""
     try:
@@ -310,9 +304,12 @@ def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
         return False
     # fully_shard gives gradients the very spec of the parameter.
     return all(map(is_, specs, map(_get_spec, params))) or all(
-        got.mesh is spec.mesh and got.placements == spec.placements
-        for got, spec in zip(specs, map(_get_spec, params))
+        map(_is_placed_as, specs, map(_get_spec, params))
     )
+
+
+def _is_placed_as(got, spec) -> bool:
+    return got is spec or (got.mesh is spec.mesh and got.placements == spec.placements)
 
 
 def _set_options(rank_sets: list[_RankSet], param_groups, given: dict[str, bool]) -> None:
@@ -368,8 +365,7 @@ def _replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor
             continue
         spec = p._spec
         got = getattr(grad, "_spec", None)
-        # fully_shard gives gradients the very spec of the parameter.
-        if got is spec or (got and got.mesh is spec.mesh and got.placements == spec.placements):
+        if got is not None and _is_placed_as(got, spec):
             continue
         if got is None or got.mesh != spec.mesh:
             got = f"on {grad.device_mesh}" if isinstance(grad, DTensor) else "no DTensor"

@@ -32,14 +32,18 @@ def restore(state_dict, implementations, param_groups, state) -> None:
                 state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
 
 
+def check_has_state(state_dict) -> None:
+    """Checks that a state_dict is one of an optimizer."""
+    if missing := {"state", "param_groups"} - set(state_dict):
+        raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
+
+
 def check_state_dict(state_dict, defaults, param_groups, state, sharding) -> None:
     """Checks a state_dict that is to be loaded in the place of `param_groups` and `state`.
 
     `sharding` is sharding.py or None.
     """
-    missing = {"state", "param_groups"} - set(state_dict)
-    if missing:
-        raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
+    check_has_state(state_dict)
     for index, group in enumerate(state_dict["param_groups"]):
         if "trust_coefficient" not in group:
             raise ValueError(
