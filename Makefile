@@ -1,6 +1,7 @@
 # make train, make test and the rest do their own set-up: a virtual environment in .venv, and the build in place.
 # PYTHON3 is the Python to make .venv with, TORCH what pip installs as torch (2.9 or newer). FUSED_LARS_CUDA and
-# TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake.
+# TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake. With PYTHON=python3 that Python is used
+# as it is, with the torch that it has, and nothing is installed.
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -10,33 +11,46 @@ TORCH ?= torch==2.14.1
 JOBS ?= $(shell nproc)
 
 VENV := $(CURDIR)/.venv
-export PATH := $(VENV)/bin:$(PATH)
+ifeq ($(origin PYTHON),command line)
+BIN := $(shell $(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))')
+else
+PYTHON := python
+BIN := $(VENV)/bin
+endif
+export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: train ssl test bench build train-cpp sanitize format lint googletest clean
+.PHONY: train ssl test bench gpu-report build train-cpp sanitize format lint googletest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/examples.stamp build
-	python examples/digits.py
+	$(PYTHON) examples/digits.py
 
 # Features learnt without labels, by Barlow Twins.
 ssl: $(VENV)/examples.stamp build
-	python examples/self_supervised.py
+	$(PYTHON) examples/self_supervised.py
 
 test: $(VENV)/test.stamp googletest
 	$(MAKE) build CMAKE_FLAGS=-DFUSED_LARS_TESTS=ON
 	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS)
-	python -m pytest
+	$(PYTHON) -m pytest
 
 bench: $(VENV)/bench.stamp build
-	python benchmarks/step.py
+	$(PYTHON) benchmarks/step.py
+
+# Less than ten minutes, the build included. benchmarks/gpu_report.py says what it writes.
+gpu-report: $(VENV)/test.stamp
+	gpu=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') && \
+	$(MAKE) build FUSED_LARS_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$gpu}" && \
+	$(PYTHON) benchmarks/gpu_report.py --seconds $$((570 - SECONDS)) $(OPTIONS)
 
 # ---------------------------------------------------------------- build
 
 # Installed into the package, so that the checkout is as complete as an installed wheel.
 build: $(VENV)/build.stamp
-	cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(VENV)/bin/python \
+	cmake -S . -B build $$(command -v ninja >/dev/null && echo -G Ninja) \
+	    -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" \
 	    -DCMAKE_INSTALL_PREFIX=$(CURDIR)/torch_ext/fused_lars $(CMAKE_FLAGS)
 	cmake --build build --parallel $(JOBS)
 	cmake --install build >/dev/null
@@ -51,7 +65,7 @@ sanitize: sanitize-address sanitize-thread
 SANITIZERS_address := address,undefined
 SANITIZERS_thread := thread
 sanitize-%: $(VENV)/build.stamp googletest
-	cmake -S . -B build/$* -G Ninja -DPython3_EXECUTABLE=$(VENV)/bin/python -DFUSED_LARS_CUDA=0 \
+	cmake -S . -B build/$* -G Ninja -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" -DFUSED_LARS_CUDA=0 \
 	    -DFUSED_LARS_TESTS=ON -DFUSED_LARS_SANITIZE=$(SANITIZERS_$*)
 	cmake --build build/$* --parallel $(JOBS)
 	ctest --test-dir build/$* --output-on-failure --no-tests=error --parallel $(JOBS)
@@ -72,6 +86,10 @@ clean:
 	rm -rf build dist torch_ext/fused_lars/include torch_ext/fused_lars/lib torch_ext/fused_lars/share
 
 # ---------------------------------------------------------------- set-up
+
+ifeq ($(origin PYTHON),command line)
+$(VENV)/%.stamp: ;
+else
 
 $(VENV)/bin/python:
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON3=...")'
@@ -99,6 +117,8 @@ build: $(VENV)/toolkit.stamp
 $(VENV)/toolkit.stamp: $(VENV)/build.stamp
 	pip install "cuda-toolkit[nvcc,cccl,cudart]==$$(python -c 'from importlib.metadata import version; print(version("cuda-toolkit"))')"
 	@touch $@
+endif
+
 endif
 
 googletest:

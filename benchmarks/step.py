@@ -5,16 +5,19 @@
 
 The floor is the time that 20 bytes a parameter take (read the fp32 weight, gradient and momentum, write two
 of them) at the bandwidth of `x.add_(y)`, which moves 12 bytes an element and is timed in the same rounds, on
-tensors larger than the caches. In a round every optimizer makes one step on the same parameters, in an order
-that changes from round to round; gradients are written anew before each, as by a backward pass. What is
-printed is the median over all rounds. All LARS do the same work: layer adaptation and weight decay on
-matrices and kernels, neither on vectors, momentum 0.9. SGD, which takes no norms, shows what they cost.
+tensors larger than the caches. With --types, parameters, gradients and momentum are bf16 (10 bytes), or
+parameters and gradients are bf16 beside an fp32 master and momentum (20 bytes), which fused_lars alone has.
+
+In a round every optimizer makes one step on the same parameters, in an order that changes from round to round;
+gradients are written anew before each, as by a backward pass. What is printed is the median over all rounds.
+All LARS do the same work: layer adaptation and weight decay on matrices and kernels, neither on vectors,
+momentum 0.9. SGD, which takes no norms, shows what they cost.
 
 On CUDA the device's time and the host's are measured apart, see timing.py: "ms" is the device's with a cold
 L2, as after a backward pass; "warm" follows another step; "graph" is a replay of a captured step; "host" is
-until the step is queued. The table also has GB/s (20 bytes a parameter) and per cent of a device-to-device
-copy (8 bytes an element) in the same rounds. A peer that is not installed, or does not run on the device, is
-named and left out.
+until the step is queued. The table also has GB/s (of the floor's bytes), per cent of a device-to-device copy
+(8 bytes an element) in the same rounds, and how many kernels, copies and memsets a step is, where torch's
+profiler tells. A peer that is not installed, or does not run on the device, is named and left out.
 """
 
 import argparse
@@ -26,13 +29,14 @@ import statistics
 from time import perf_counter as time_now
 
 import torch
-import torchvision
-from matplotlib.figure import Figure
-from timing import Timer
+from shapes import resnet50, vit_b_16
+from timing import Timer, capture, launches
 
 import fused_lars
 
-STEP_BYTES, ADD_BYTES, COPY_BYTES = 20, 12, 8
+ADD_BYTES, COPY_BYTES = 12, 8
+# Of the parameters and their gradients, and the bytes a parameter that a step must move.
+TYPES = {"fp32": (torch.float32, 20), "bf16": (torch.bfloat16, 10), "masters": (torch.bfloat16, 20)}
 ADD, COPY = "x.add_(y)", "x.copy_(y)"
 # A rate so small that thousands of steps with the same gradients leave the weights what they are.
 OPTIONS = {"lr": 1e-6, "momentum": 0.9}
@@ -95,11 +99,6 @@ def two_groups(params):
     return [group for group in groups if group["params"]]
 
 
-def model_shapes(make):
-    with torch.device("meta"):
-        return [p.shape for p in make().parameters()]
-
-
 ONE_GROUP_OR_MANY = {
     "fused_lars, one group of 465": lambda params: fused_lars.LARS(params, **OPTIONS),
     "fused_lars, 465 groups of one": lambda params: fused_lars.LARS(
@@ -107,22 +106,28 @@ ONE_GROUP_OR_MANY = {
     ),
 }
 
-# Name: a function that returns shapes, and what to time where that is not fused_lars and its peers.
+MASTERS = {
+    "fused_lars": lambda params: fused_lars.LARS(
+        two_groups(params), capturable=True, master_weights=True, **OPTIONS
+    )
+}
+
+# Name: shapes, and what to time where that is not fused_lars and its peers.
 WORKLOADS = {
-    "ResNet-50": (lambda: model_shapes(torchvision.models.resnet50), None),
-    "ViT-B/16": (lambda: model_shapes(torchvision.models.vit_b_16), None),
-    "161 tensors of one element": (lambda: [(1,)] * 161, None),
-    "400 small tensors": (lambda: [(32, 32)] * 400, None),
-    "465 small tensors": (lambda: [(32, 32)] * 465, ONE_GROUP_OR_MANY),
+    "ResNet-50": (resnet50(), None),
+    "ViT-B/16": (vit_b_16(), None),
+    "161 tensors of one element": ([(1,)] * 161, None),
+    "400 small tensors": ([(32, 32)] * 400, None),
+    "465 small tensors": ([(32, 32)] * 465, ONE_GROUP_OR_MANY),
 }
 
 
-def find_peers():
+def find_peers(names):
     """What makes each optimizer from a list of parameters; and lines about those that are not there."""
     makers, left_out = {}, []
-    for name, find in PEERS.items():
+    for name in names:
         try:
-            make = find()
+            make = PEERS[name]()
         except ImportError as error:
             left_out.append(f"{name}: {error}")
         else:
@@ -133,12 +138,28 @@ def find_peers():
 # ---------------------------------------------------------------- timing
 
 
-def measure(shapes, makers, options, probe_elements):
+def take_turns(names, time, seconds):
+    """Medians, by name and kind, of the figures that `time(name)` returns, and the number of rounds."""
+    order, shuffle = list(names), random.Random(0).shuffle
+    rounds = []
+    end = time_now() + seconds
+    while len(rounds) < 3 or time_now() < end:
+        shuffle(order)
+        rounds.append({name: time(name) for name in order})
+    medians = {
+        name: {kind: statistics.median(times[name][kind] for times in rounds) for kind in rounds[0][name]}
+        for name in names
+    }
+    return medians, len(rounds)
+
+
+def measure(shapes, dtype, makers, options, probe_elements):
     """Medians by name and kind, the number of rounds, and lines about what does not run on the device."""
     device = options.device
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(0.05 * torch.randn(shape, device=device)) for shape in shapes]
-    gradients = [1e-3 * torch.randn_like(p) for p in params]
+    # From the CPU's generator, since a capture that was refused may leave the GPU's unusable.
+    params = [torch.nn.Parameter((0.05 * torch.randn(shape)).to(device, dtype)) for shape in shapes]
+    gradients = [(1e-3 * torch.randn(shape)).to(device, dtype) for shape in shapes]
     for p in params:
         p.grad = torch.zeros_like(p)
 
@@ -172,49 +193,53 @@ def measure(shapes, makers, options, probe_elements):
             kinds["host_ms"] = timer.host_ms(timed[name])
         return kinds
 
-    order, shuffle = list(timed), random.Random(0).shuffle
-    rounds = []
-    end = time_now() + options.seconds
-    while len(rounds) < 3 or time_now() < end:
-        shuffle(order)
-        rounds.append({name: time(name) for name in order})
-    medians = {
-        name: {kind: statistics.median(times[name][kind] for times in rounds) for kind in rounds[0][name]}
-        for name in timed
-    }
+    medians, rounds = take_turns(timed, time, options.seconds)
     if device == "cuda":
-        for name, kinds in medians.items():
-            graph_ms = None if name in (ADD, COPY) else timer.graph_ms(timed[name])
-            if graph_ms is not None:
-                kinds["graph_ms"] = graph_ms
-    return medians, len(rounds), left_out
+        steps = {name: step for name, step in timed.items() if name not in (ADD, COPY)}
+        replays = {name: replay for name, step in steps.items() if (replay := capture(step))}
+        replayed, _ = take_turns(
+            replays, lambda name: {"graph_ms": timer.replay_ms(replays[name])}, options.seconds / 4
+        )
+        for name, step in steps.items():
+            # Now, since a profiler may slow down what follows it.
+            medians[name] |= {**replayed.get(name, {}), "launches": launches(step)}
+    return medians, rounds, left_out
 
 
-def run(workload, shapes, makers, options):
-    """One set of shapes: a dict of figures, and lines about what was left out."""
+def run(workload, types, options):
+    """One set of shapes with parameters of one type: a dict of figures, and lines about what was left out."""
+    shapes, makers = WORKLOADS[workload]
+    dtype, step_bytes = TYPES[types]
+    left_out = []
+    if types == "masters":
+        makers = MASTERS
+    elif makers is None:
+        makers, left_out = find_peers(options.optimizers)
     probe_elements = 2**22 if options.quick else 2**26
-    medians, rounds, left_out = measure(shapes, makers, options, probe_elements)
+    medians, rounds, not_run = measure(shapes, dtype, makers, options, probe_elements)
     parameters = sum(torch.Size(shape).numel() for shape in shapes)
     add_gb_per_s = ADD_BYTES * probe_elements / medians.pop(ADD)["ms"] / 1e6
-    copy_ms = medians.pop(COPY, {}).get("ms")
-    floor_ms = STEP_BYTES * parameters / add_gb_per_s / 1e6
+    floor_ms = step_bytes * parameters / add_gb_per_s / 1e6
+    copy_gb_per_s = COPY_BYTES * probe_elements / medians.pop(COPY)["ms"] / 1e6 if COPY in medians else None
     steps = []
     for name, kinds in sorted(medians.items(), key=lambda item: item[1]["ms"]):
         ms = kinds["ms"]
         step = {"optimizer": name, **kinds, "times_floor": ms / floor_ms}
-        if copy_ms is not None:
-            step["gb_per_s"] = STEP_BYTES * parameters / ms / 1e6
-            step["per_cent_of_copy"] = 100 * step["gb_per_s"] / (COPY_BYTES * probe_elements / copy_ms / 1e6)
+        if copy_gb_per_s is not None:
+            step["gb_per_s"] = step_bytes * parameters / ms / 1e6
+            step["per_cent_of_copy"] = 100 * step["gb_per_s"] / copy_gb_per_s
         steps.append(step)
     return {
         "workload": workload,
+        "types": types,
         "tensors": len(shapes),
         "parameters": parameters,
         "rounds": rounds,
         "add_gb_per_s": add_gb_per_s,
+        "copy_gb_per_s": copy_gb_per_s,
         "floor_ms": floor_ms,
         "steps": steps,
-    }, left_out
+    }, left_out + not_run
 
 
 # ---------------------------------------------------------------- output
@@ -222,8 +247,8 @@ def run(workload, shapes, makers, options):
 
 def table(result):
     lines = [
-        f"{result['workload']}: {result['tensors']} tensors, {result['parameters']:,} parameters. Floor "
-        f"{result['floor_ms']:.3f} ms at {result['add_gb_per_s']:.1f} GB/s. {result['rounds']} rounds."
+        f"{result['workload']}, {result['types']}: {result['tensors']} tensors, {result['parameters']:,} "
+        f"parameters. Floor {result['floor_ms']:.3f} ms at {result['add_gb_per_s']:.1f} GB/s. {result['rounds']} rounds."
     ]
     for step in result["steps"]:
         line = f"  {step['optimizer']:26} {step['ms']:9.3f} ms  {step['times_floor']:8.2f} x floor"
@@ -231,12 +256,16 @@ def table(result):
             graph = f"{step['graph_ms']:.3f}" if "graph_ms" in step else "-"
             line += f"  {step['gb_per_s']:8.1f} GB/s  {step['per_cent_of_copy']:6.1f} % of copy"
             line += f"  warm {step['warm_ms']:.3f}  graph {graph}  host {step['host_ms']:.3f}"
+            line += f"  {step['launches']} launches" if step["launches"] else ""
             line += "  (the device was idle in between)" if step["idle"] else ""
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 def plot(report, path):
+    """Writes a picture of a report's results, a panel each. ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
     results = report["results"]
     heights = [len(result["steps"]) + 1.5 for result in results]
     figure = Figure(figsize=(9, 0.3 * sum(heights) + 1), layout="constrained")
@@ -256,8 +285,8 @@ def plot(report, path):
         axes.set_ylim(-0.6, len(steps) - 0.4)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", left=False)
-        axes.set_title(result["workload"], loc="left", fontweight="bold")
-    panels[-1].set_xlabel("multiple of the memory floor: 20 bytes a parameter at the speed of x.add_(y)")
+        axes.set_title(f"{result['workload']}, {result['types']}", loc="left", fontweight="bold")
+    panels[-1].set_xlabel("multiple of the memory floor: the bytes of a step at the speed of x.add_(y)")
     figure.suptitle(f"One optimizer step on {report['device']}; shorter is better, 1 is the floor")
     figure.savefig(path, dpi=120)
 
@@ -269,7 +298,11 @@ def parse_options():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
     parser.add_argument("--workloads", choices=WORKLOADS, nargs="+", default=list(WORKLOADS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=40, help="for each workload (%(default)s)")
+    parser.add_argument(
+        "--types", choices=TYPES, nargs="+", default=["fp32"], help="of the parameters (fp32)"
+    )
+    parser.add_argument("--optimizers", choices=PEERS, nargs="+", default=list(PEERS), metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=40, help="for each workload and type (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds each: only to try it out")
     parser.add_argument(
         "--output",
@@ -288,14 +321,13 @@ def parse_options():
 
 def main():
     options = parse_options()
-    peers, left_out = find_peers()
-    results = []
+    results, left_out = [], []
     for workload in options.workloads:
-        shapes, makers = WORKLOADS[workload]
-        result, not_run = run(workload, shapes(), makers or peers, options)
-        results.append(result)
-        left_out += [line for line in not_run if line not in left_out]
-        print(table(result), flush=True)
+        for types in options.types:
+            result, not_run = run(workload, types, options)
+            results.append(result)
+            left_out += [line for line in not_run if line not in left_out]
+            print(table(result), flush=True)
     for line in left_out:
         print(f"left out: {line}")
 
@@ -308,8 +340,12 @@ def main():
         "left_out": left_out,
     }
     options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, options.output)
-    print(f"plot: {options.output}")
+    try:
+        plot(report, options.output)
+    except ImportError as error:
+        print(f"no plot: {error}")
+    else:
+        print(f"plot: {options.output}")
 
 
 if __name__ == "__main__":

@@ -54,12 +54,29 @@ class Timer:
                 return max(start.elapsed_time(end), _RESOLUTION_MS) / calls, was_busy
             self._copies *= 2
 
-    def graph_ms(self, function) -> float | None:
-        """Milliseconds of one of several replays of the call as a CUDA graph; None if it refuses capture."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                function()
-        except RuntimeError:
-            return None
-        return self.device_ms(graph.replay, warm=True, calls=5)[0]
+    def replay_ms(self, replay) -> float:
+        """Milliseconds of a GPU for one of several replays of a graph in a row."""
+        return self.device_ms(replay, warm=True, calls=5)[0]
+
+
+def capture(function):
+    """What replays the call as a CUDA graph; None if it refuses capture.
+
+    After a refusal torch may believe that a capture is still under way, until the process ends: do this last.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
+def launches(function) -> int | None:
+    """Kernels, copies and memsets of one call; None where torch's profiler sees nothing of the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.is_user_annotation for e in on_device) or None

@@ -1,0 +1,283 @@
+"""What a GPU makes of fused_lars: figures, digests, CUDA tests and sanitizers, in one folder.
+
+    make gpu-report
+    make gpu-report PYTHON=python3
+    make gpu-report OPTIONS="--digest 0123..."
+
+The second form takes a Python that has torch as it is, and installs nothing; OPTIONS are those of this
+program. The report says of each part that it passed, that it failed, or why it was not run; no part stops the
+others. Exits 1 where one failed, and 2 without a GPU. The report is written after each part, so that a run that
+was cut short leaves what came before.
+
+report.md    the tables
+report.json  the same, all digits, and what the machine is
+report.png   each step as a multiple of the memory floor, where matplotlib is installed
+*.log        what the programs printed
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from xml.etree import ElementTree
+
+import torch
+from report_files import write
+
+import fused_lars
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
+TYPES = ("fp32", "bf16", "masters")
+OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
+DIGESTS = [sys.executable, "tests/digest.py", "cuda", "1"]
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FOUND_ERRORS = 9  # a sanitizer's exit status then
+
+
+class Programs:
+    """Runs programs, all together for `seconds` at most; what they print goes to logs in a folder."""
+
+    def __init__(self, folder: pathlib.Path, seconds: float) -> None:
+        self.folder, self._end = folder, time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self._end - time.monotonic())
+
+    def run(self, name: str, command, seconds=math.inf, **environment) -> tuple[int | None, str]:
+        """The exit status, None where it was stopped after `seconds` or at the end; and what was printed."""
+        log = self.folder / f"{name}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*map(str, command)],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(min(seconds, self.left()))
+            except subprocess.TimeoutExpired:
+                status = None
+                process.send_signal(signal.SIGINT)  # upon which pytest reports what has run
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return status, log.read_text(errors="replace")
+
+
+def part(name: str, result: str, text: str) -> dict[str, str]:
+    """A line of the report. The result is "passed", "failed" or "not run"."""
+    print(f"{name}: {result}, {text}", flush=True)
+    return {"part": name, "result": result, "text": text}
+
+
+def reason_of(status: int | None, output: str) -> str:
+    """Why a program did not end as it should; the last line is that of an exception."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return "it did not end in its time" if status is None else (lines or ["it printed nothing"])[-1]
+
+
+def missing(modules) -> str | None:
+    """Why a program that needs these cannot run."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else None
+
+
+# ---------------------------------------------------------------- parts
+
+
+def figures(programs, options, report):
+    """Times of each workload and type, in a process of its own: a fault ends that process only."""
+    seconds = 0.012 * options.seconds  # some two minutes together, with the starts of the programs
+    for workload in options.workloads:
+        for types in options.types:
+            name = re.sub(r"\W+", "-", f"figures {workload} {types}")
+            plot = programs.folder / f"{name}.png"
+            command = [sys.executable, "benchmarks/step.py", "--device", "cuda", "--output", plot]
+            command += ["--workloads", workload, "--types", types, "--optimizers", *OPTIMIZERS]
+            command += ["--quick"] if options.quick else ["--seconds", seconds]
+            status, output = programs.run(name, command, programs.left() / 4)
+            title = f"figures of {workload}, {types}"
+            if status != 0:
+                yield part(title, "failed", reason_of(status, output))
+            else:
+                measured = json.loads(plot.with_suffix(".json").read_text())
+                report["results"] += measured["results"]
+                yield part(
+                    title, "passed", "; ".join(["measured", *map("without {}".format, measured["left_out"])])
+                )
+            for path in (plot, plot.with_suffix(".json")):
+                path.unlink(missing_ok=True)  # it is in the report
+
+
+def digests(programs, options, report):
+    """The same bits each time, and those of another GPU where its digest is given."""
+    if reason := missing(["pytest"]):
+        yield part("digests", "not run", reason)
+        return
+    found = []
+    for run in range(2):
+        status, output = programs.run(f"digest-{run}", [*DIGESTS, "1"], programs.left() / 4)
+        if status != 0:
+            yield part("digests", "failed", reason_of(status, output))
+            return
+        found += re.findall(r"^[0-9a-f]{64}$", output, re.MULTILINE)
+    report["digests"] = found
+    expected = options.digest or found[0]
+    text = f"{len(found)} runs: {', '.join(sorted(set(found)))}"
+    text += f"; expected: {options.digest}" if options.digest else ""
+    yield part("digests", "passed" if set(found) == {expected} else "failed", text)
+
+
+def tests(programs, options, report):
+    """The CUDA tests, those of the step itself first."""
+    if reason := missing(["pytest", "hypothesis"]):
+        yield part("tests", "not run", reason)
+        return
+    xml = programs.folder / "tests.xml"
+    xml.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda and not examples and not gpu_report"]
+    command += ["--continue-on-collection-errors", f"--junitxml={xml}", "-o", "junit_family=xunit2"]
+    command += ["-n", min(8, os.cpu_count())] if importlib.util.find_spec("xdist") else []
+    status, output = programs.run("tests", [*command, *options.tests], 0.6 * programs.left())
+    if not xml.exists():
+        yield part("tests", "failed", reason_of(status, output))
+        return
+    counts, absent = count_tests(ElementTree.parse(xml))
+    report["tests"] = counts
+    text = ", ".join(f"{count} {result}" for result, count in counts.items())
+    text += "; stopped when its time was over" if status is None else ""
+    text += "".join(f"; {where} not run: {module} not installed" for where, module in absent)
+    yield part("tests", "passed" if counts["passed"] and not counts["failed"] else "failed", text)
+
+
+def count_tests(xml) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tests by result in pytest's XML; and the files that need a module that is not there, with its name."""
+    counts, absent = {"passed": 0, "failed": 0, "skipped": 0}, []
+    for case in xml.iter("testcase"):
+        error = case.find("error")
+        module = re.search(r"No module named '([\w.]+)'", error.text or "") if error is not None else None
+        if module and error.get("message") == "collection failure":
+            absent.append((case.get("name"), module[1]))
+        elif error is not None or case.find("failure") is not None:
+            counts["failed"] += 1
+        else:
+            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+    return counts, absent
+
+
+def sanitizers(programs, options, report):
+    """compute-sanitizer on the program of the digests, which takes every type and layout."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    program = shutil.which("compute-sanitizer", path=places)
+    reason = (
+        missing(["pytest"]) if program else "compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin"
+    )
+    for index, tool in enumerate(SANITIZERS):
+        if reason:
+            yield part(tool, "not run", reason)
+            continue
+        command = [program, "--tool", tool, "--error-exitcode", FOUND_ERRORS]
+        # initcheck has to see torch's kernels write.
+        command += [] if tool == "initcheck" else ["--kernel-regex", "kns=step_kernel"]
+        seconds = programs.left() / (len(SANITIZERS) - index)
+        status, output = programs.run(tool, [*command, *DIGESTS], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        result = {0: "passed", FOUND_ERRORS: "failed"}.get(status, "not run")
+        yield part(tool, result, reason_of(status, output))
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def output_of(*command) -> str | None:
+    """What a program prints; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def driver_and_clocks() -> dict[str, str] | None:
+    """What nvidia-smi says; None without it."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw")
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    line = output_of("nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return dict(zip(fields, map(str.strip, line.split(",")))) if line else None
+
+
+def machine() -> dict:
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "GPU": gpu.name,
+        "compute capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "L2 bytes": gpu.L2_cache_size,
+        "memory bytes": gpu.total_memory,
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "Python": sys.version.split()[0],
+        "fused_lars": fused_lars.show_config(),
+        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=480, help="that all parts may take (%(default)s)")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "gpu-report", help="a folder")
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of step.py")
+    parser.add_argument("--types", nargs="+", default=TYPES, metavar="NAME", help="of step.py")
+    parser.add_argument("--tests", nargs="+", default=["tests/test_cuda.py", "tests"], help="as for pytest")
+    parser.add_argument("--digest", help="that of another GPU's report, which this one must have too")
+    parser.add_argument("--quick", action="store_true", help="three rounds each: only to try it out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    if not torch.cuda.is_available():
+        print(f"a GPU is needed, and torch {torch.__version__} sees none", file=sys.stderr)
+        sys.exit(2)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", "CUDA"):
+        print("fused_lars was built without its CUDA part: make build FUSED_LARS_CUDA=1", file=sys.stderr)
+        sys.exit(2)
+    folder = options.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.png").unlink(missing_ok=True)  # of an earlier report
+    programs = Programs(folder, options.seconds)
+    report = {"machine": machine(), "results": [], "parts": []}
+    report["machine"]["nvidia-smi before"] = driver_and_clocks()
+    for parts in (figures, digests, tests, sanitizers):
+        try:
+            for line in parts(programs, options, report):
+                report["parts"].append(line)
+        except Exception as error:  # whatever it is, the other parts are run
+            report["parts"].append(part(parts.__name__, "failed", repr(error)))
+        if parts is figures:
+            report["machine"]["nvidia-smi after figures"] = driver_and_clocks()
+        write(report, folder)
+    print(f"report: {options.output}")
+    sys.exit(any(line["result"] == "failed" for line in report["parts"]))
+
+
+if __name__ == "__main__":
+    main()
