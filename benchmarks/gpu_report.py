@@ -6,8 +6,8 @@
 
 The second form takes a Python that has torch as it is, and installs nothing; OPTIONS are those of this
 program. The report says of each part that it passed, that it failed, or why it was not run; no part stops the
-others. Exits 1 where one failed, and 2 without a GPU. The report is written after each part, so that a run that
-was cut short leaves what came before.
+others. Exits 1 where one failed, and 2 without a GPU. The report is written after each part, so that a run
+that was cut short leaves what came before.
 
 report.md    the tables
 report.json  the same, all digits, and what the machine is
@@ -40,6 +40,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
 TYPES = ("fp32", "bf16", "masters")
 OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
+# Those of the step itself first, since the rest may be cut short.
+TESTS = sorted(map(str, ROOT.glob("tests/test_*.py")), key=lambda path: not path.endswith("/test_cuda.py"))
 DIGESTS = [sys.executable, "tests/digest.py", "cuda", "1"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND_ERRORS = 9  # a sanitizer's exit status then
@@ -145,7 +147,7 @@ def digests(programs, options, report):
 
 
 def tests(programs, options, report):
-    """The CUDA tests, those of the step itself first."""
+    """The CUDA tests, in several processes where pytest-xdist is installed."""
     if reason := missing(["pytest", "hypothesis"]):
         yield part("tests", "not run", reason)
         return
@@ -246,7 +248,7 @@ def parse_options():
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "gpu-report", help="a folder")
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME", help="of step.py")
     parser.add_argument("--types", nargs="+", default=TYPES, metavar="NAME", help="of step.py")
-    parser.add_argument("--tests", nargs="+", default=["tests/test_cuda.py", "tests"], help="as for pytest")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE", help="all")
     parser.add_argument("--digest", help="that of another GPU's report, which this one must have too")
     parser.add_argument("--quick", action="store_true", help="three rounds each: only to try it out")
     return parser.parse_args()

@@ -8,10 +8,10 @@ of them) at the bandwidth of `x.add_(y)`, which moves 12 bytes an element and is
 tensors larger than the caches. With --types, parameters, gradients and momentum are bf16 (10 bytes), or
 parameters and gradients are bf16 beside an fp32 master and momentum (20 bytes), which fused_lars alone has.
 
-In a round every optimizer makes one step on the same parameters, in an order that changes from round to round;
-gradients are written anew before each, as by a backward pass. What is printed is the median over all rounds.
-All LARS do the same work: layer adaptation and weight decay on matrices and kernels, neither on vectors,
-momentum 0.9. SGD, which takes no norms, shows what they cost.
+In a round every optimizer makes one step on the same parameters, in an order that changes from round to
+round; gradients are written anew before each, as by a backward pass. What is printed is the median over all
+rounds. All LARS do the same work: layer adaptation and weight decay on matrices and kernels, neither on
+vectors, momentum 0.9. SGD, which takes no norms, shows what they cost.
 
 On CUDA the device's time and the host's are measured apart, see timing.py: "ms" is the device's with a cold
 L2, as after a backward pass; "warm" follows another step; "graph" is a replay of a captured step; "host" is
@@ -248,7 +248,8 @@ def run(workload, types, options):
 def table(result):
     lines = [
         f"{result['workload']}, {result['types']}: {result['tensors']} tensors, {result['parameters']:,} "
-        f"parameters. Floor {result['floor_ms']:.3f} ms at {result['add_gb_per_s']:.1f} GB/s. {result['rounds']} rounds."
+        f"parameters. Floor {result['floor_ms']:.3f} ms at {result['add_gb_per_s']:.1f} GB/s. "
+        f"{result['rounds']} rounds."
     ]
     for step in result["steps"]:
         line = f"  {step['optimizer']:26} {step['ms']:9.3f} ms  {step['times_floor']:8.2f} x floor"
