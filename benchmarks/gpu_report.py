@@ -28,23 +28,22 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from xml.etree import ElementTree
 
 import torch
+from machine import driver_and_clocks, machine
 from report_files import write
-
-import fused_lars
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
 TYPES = ("fp32", "bf16", "masters")
 OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
 # Those of the step itself first, since the rest may be cut short.
-TESTS = sorted(map(str, ROOT.glob("tests/test_*.py")), key=lambda path: not path.endswith("/test_cuda.py"))
-DIGESTS = [sys.executable, "tests/digest.py", "cuda", "1"]
+TESTS = sorted(ROOT.glob("tests/test_*.py"), key=lambda path: (path.name != "test_cuda.py", path))
+DIGEST = [sys.executable, "tests/digest.py", "cuda", "1"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND_ERRORS = 9  # a sanitizer's exit status then
+ABSENT = re.compile(r"No module named '?([\w.]+)")
 
 
 class Programs:
@@ -88,16 +87,13 @@ def part(name: str, result: str, text: str) -> dict[str, str]:
     return {"part": name, "result": result, "text": text}
 
 
-def reason_of(status: int | None, output: str) -> str:
-    """Why a program did not end as it should; the last line is that of an exception."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return "it did not end in its time" if status is None else (lines or ["it printed nothing"])[-1]
-
-
-def missing(modules) -> str | None:
-    """Why a program that needs these cannot run."""
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(absent)} not installed" if absent else None
+def outcome(status: int | None, output: str) -> tuple[str, str]:
+    """A program's result and what there is to say, which after an exception is the last line."""
+    if status is None:
+        return "failed", "it did not end in its time"
+    if status and (module := ABSENT.search(output)):
+        return "not run", f"{module[1]} is not installed"
+    return "failed" if status else "passed", output.strip().rpartition("\n")[2]
 
 
 # ---------------------------------------------------------------- parts
@@ -114,31 +110,26 @@ def figures(programs, options, report):
             command += ["--workloads", workload, "--types", types, "--optimizers", *OPTIMIZERS]
             command += ["--quick"] if options.quick else ["--seconds", seconds]
             status, output = programs.run(name, command, programs.left() / 4)
-            title = f"figures of {workload}, {types}"
-            if status != 0:
-                yield part(title, "failed", reason_of(status, output))
-            else:
+            result, text = outcome(status, output)
+            if result == "passed":
                 measured = json.loads(plot.with_suffix(".json").read_text())
                 report["results"] += measured["results"]
-                yield part(
-                    title, "passed", "; ".join(["measured", *map("without {}".format, measured["left_out"])])
-                )
+                text = "; ".join(["measured", *map("without {}".format, measured["left_out"])])
+            yield part(f"figures of {workload}, {types}", result, text)
             for path in (plot, plot.with_suffix(".json")):
                 path.unlink(missing_ok=True)  # it is in the report
 
 
 def digests(programs, options, report):
     """The same bits each time, and those of another GPU where its digest is given."""
-    if reason := missing(["pytest"]):
-        yield part("digests", "not run", reason)
-        return
     found = []
     for run in range(2):
-        status, output = programs.run(f"digest-{run}", [*DIGESTS, "1"], programs.left() / 4)
-        if status != 0:
-            yield part("digests", "failed", reason_of(status, output))
+        status, output = programs.run(f"digest-{run}", [*DIGEST, "1"], programs.left() / 4)
+        result, text = outcome(status, output)
+        if result != "passed":
+            yield part("digests", result, text)
             return
-        found += re.findall(r"^[0-9a-f]{64}$", output, re.MULTILINE)
+        found += output.split()[-2:]
     report["digests"] = found
     expected = options.digest or found[0]
     text = f"{len(found)} runs: {', '.join(sorted(set(found)))}"
@@ -148,9 +139,6 @@ def digests(programs, options, report):
 
 def tests(programs, options, report):
     """The CUDA tests, in several processes where pytest-xdist is installed."""
-    if reason := missing(["pytest", "hypothesis"]):
-        yield part("tests", "not run", reason)
-        return
     xml = programs.folder / "tests.xml"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda and not examples and not gpu_report"]
@@ -158,13 +146,13 @@ def tests(programs, options, report):
     command += ["-n", min(8, os.cpu_count())] if importlib.util.find_spec("xdist") else []
     status, output = programs.run("tests", [*command, *options.tests], 0.6 * programs.left())
     if not xml.exists():
-        yield part("tests", "failed", reason_of(status, output))
+        yield part("tests", *outcome(status, output))
         return
     counts, absent = count_tests(ElementTree.parse(xml))
     report["tests"] = counts
     text = ", ".join(f"{count} {result}" for result, count in counts.items())
     text += "; stopped when its time was over" if status is None else ""
-    text += "".join(f"; {where} not run: {module} not installed" for where, module in absent)
+    text += "".join(f"; {file} not run: {module} is not installed" for file, module in absent)
     yield part("tests", "passed" if counts["passed"] and not counts["failed"] else "failed", text)
 
 
@@ -173,7 +161,7 @@ def count_tests(xml) -> tuple[dict[str, int], list[tuple[str, str]]]:
     counts, absent = {"passed": 0, "failed": 0, "skipped": 0}, []
     for case in xml.iter("testcase"):
         error = case.find("error")
-        module = re.search(r"No module named '([\w.]+)'", error.text or "") if error is not None else None
+        module = ABSENT.search(error.text or "") if error is not None else None
         if module and error.get("message") == "collection failure":
             absent.append((case.get("name"), module[1]))
         elif error is not None or case.find("failure") is not None:
@@ -187,57 +175,20 @@ def sanitizers(programs, options, report):
     """compute-sanitizer on the program of the digests, which takes every type and layout."""
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=places)
-    reason = (
-        missing(["pytest"]) if program else "compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin"
-    )
     for index, tool in enumerate(SANITIZERS):
-        if reason:
-            yield part(tool, "not run", reason)
+        if not program:
+            yield part(tool, "not run", "compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin")
             continue
         command = [program, "--tool", tool, "--error-exitcode", FOUND_ERRORS]
         # initcheck has to see torch's kernels write.
         command += [] if tool == "initcheck" else ["--kernel-regex", "kns=step_kernel"]
         seconds = programs.left() / (len(SANITIZERS) - index)
-        status, output = programs.run(tool, [*command, *DIGESTS], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        result = {0: "passed", FOUND_ERRORS: "failed"}.get(status, "not run")
-        yield part(tool, result, reason_of(status, output))
+        status, output = programs.run(tool, [*command, *DIGEST], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        _, text = outcome(status, output)
+        yield part(tool, {0: "passed", FOUND_ERRORS: "failed"}.get(status, "not run"), text)
 
 
-# ---------------------------------------------------------------- the machine
-
-
-def output_of(*command) -> str | None:
-    """What a program prints; None where it is not there or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def driver_and_clocks() -> dict[str, str] | None:
-    """What nvidia-smi says; None without it."""
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw")
-    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    line = output_of("nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    return dict(zip(fields, map(str.strip, line.split(",")))) if line else None
-
-
-def machine() -> dict:
-    gpu = torch.cuda.get_device_properties(0)
-    return {
-        "GPU": gpu.name,
-        "compute capability": f"{gpu.major}.{gpu.minor}",
-        "multiprocessors": gpu.multi_processor_count,
-        "L2 bytes": gpu.L2_cache_size,
-        "memory bytes": gpu.total_memory,
-        "torch": torch.__version__,
-        "CUDA of torch": torch.version.cuda,
-        "Python": sys.version.split()[0],
-        "fused_lars": fused_lars.show_config(),
-        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+# ---------------------------------------------------------------- all of it
 
 
 def parse_options():
@@ -251,17 +202,16 @@ def parse_options():
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE", help="all")
     parser.add_argument("--digest", help="that of another GPU's report, which this one must have too")
     parser.add_argument("--quick", action="store_true", help="three rounds each: only to try it out")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"a GPU is needed, and torch {torch.__version__} sees none")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", "CUDA"):
+        parser.error("fused_lars was built without its CUDA part: make build FUSED_LARS_CUDA=1")
+    return options
 
 
 def main() -> None:
     options = parse_options()
-    if not torch.cuda.is_available():
-        print(f"a GPU is needed, and torch {torch.__version__} sees none", file=sys.stderr)
-        sys.exit(2)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", "CUDA"):
-        print("fused_lars was built without its CUDA part: make build FUSED_LARS_CUDA=1", file=sys.stderr)
-        sys.exit(2)
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.png").unlink(missing_ok=True)  # of an earlier report

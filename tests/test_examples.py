@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(__import__("fused_lars").__file__).parent.parent
 
 
-def run(*arguments, path=()):
-    """Runs python with these arguments and the package; returns what it prints."""
+def run(*arguments, path=(), status=0):
+    """Runs python with these arguments and the package, to end with a status; returns what it prints."""
     path = os.pathsep.join(map(str, [*path, PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -28,7 +28,7 @@ def run(*arguments, path=()):
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 

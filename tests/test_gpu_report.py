@@ -3,34 +3,19 @@
 import importlib
 import json
 import os
-import pathlib
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = pathlib.Path(__import__("fused_lars").__file__).parents[1]
+from test_examples import ROOT, run
 
 
 @pytest.fixture
 def gpu_report(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return pytest.importorskip("gpu_report")
-
-
-def run(*options, path=()):
-    path = os.pathsep.join(map(str, [*path, PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    return subprocess.run(
-        [sys.executable, "benchmarks/gpu_report.py", *map(str, options)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    return importlib.import_module("gpu_report")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
@@ -40,8 +25,8 @@ def test_report_of_a_gpu_cuda(tmp_path):
     (tmp_path / "timm.py").write_text("raise ImportError('not on this machine')")
     options = ["--quick", "--workloads", "161 tensors of one element", "--types", "bf16", "masters"]
     options += ["--tests", "tests/test_cuda.py::test_a_step_captured_without_a_step_before_cuda"]
-    done = run(*options, "--digest", 64 * "0", "--output", tmp_path / "out", path=[tmp_path])
-    assert done.returncode == 1, done.stdout + done.stderr
+    options += ["--digest", 64 * "0", "--output", tmp_path / "out"]
+    run("benchmarks/gpu_report.py", *options, path=[tmp_path], status=1)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     parts = {line["part"]: line for line in report["parts"]}
     assert parts["figures of 161 tensors of one element, bf16"]["result"] == "passed"
@@ -67,12 +52,12 @@ def test_report_of_a_gpu_cuda(tmp_path):
     assert not (tmp_path / "out" / "report.png").exists()
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.is_available = lambda: False\n")
-    done = run("--output", tmp_path / "out", path=[tmp_path])
-    assert done.returncode == 2
-    assert f"a GPU is needed, and torch {torch.__version__} sees none" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_without_a_gpu_it_says_so(gpu_report, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report.main()
+    assert f"a GPU is needed, and torch {torch.__version__} sees none" in capsys.readouterr().err
 
 
 STEPS = [
@@ -139,9 +124,34 @@ def test_a_program_is_stopped_when_its_time_is_over(gpu_report, tmp_path):
     assert (status, output) == (0, "b\n")
 
 
-def test_a_module_that_is_not_there_is_a_reason(gpu_report):
-    assert gpu_report.missing(["json", "no_such_module"]) == "no_such_module not installed"
-    assert gpu_report.missing(["json"]) is None
+def test_why_a_program_failed(gpu_report):
+    missing = "/usr/bin/python3: No module named pytest"
+    assert gpu_report.outcome(1, missing) == ("not run", "pytest is not installed")
+    assert gpu_report.outcome(1, "Traceback\nRuntimeError: bad\n") == ("failed", "RuntimeError: bad")
+    assert gpu_report.outcome(None, "") == ("failed", "it did not end in its time")
+
+
+def test_sanitizers_find_errors_or_do_not_run(gpu_report, monkeypatch, tmp_path):
+    """One that finds none, one that finds some, one that cannot run, one that takes too long."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        """#!/bin/sh
+        echo "$*"
+        case "$2" in memcheck) exit 0;; racecheck) exit 9;; synccheck) exit 1;; esac
+        exec sleep 60
+        """
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    lines = list(gpu_report.sanitizers(gpu_report.Programs(tmp_path, 3), None, {}))
+    assert [(line["part"], line["result"]) for line in lines] == [
+        ("memcheck", "passed"),
+        ("racecheck", "failed"),
+        ("synccheck", "not run"),
+        ("initcheck", "not run"),
+    ]
+    assert "--error-exitcode 9 --kernel-regex kns=step_kernel" in lines[1]["text"]
+    assert "step_kernel" not in (tmp_path / "initcheck.log").read_text()
 
 
 def test_shapes_are_those_of_the_models(gpu_report):
