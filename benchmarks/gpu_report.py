@@ -89,11 +89,12 @@ def part(name: str, result: str, text: str) -> dict[str, str]:
 
 def outcome(status: int | None, output: str) -> tuple[str, str]:
     """A program's result and what there is to say, which after an exception is the last line."""
+    last = output.strip().rpartition("\n")[2]
     if status is None:
         return "failed", "it did not end in its time"
-    if status and (module := ABSENT.search(output)):
+    if status and (module := ABSENT.search(last)):
         return "not run", f"{module[1]} is not installed"
-    return "failed" if status else "passed", output.strip().rpartition("\n")[2]
+    return "failed" if status else "passed", last
 
 
 # ---------------------------------------------------------------- parts

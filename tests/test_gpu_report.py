@@ -127,7 +127,8 @@ def test_a_program_is_stopped_when_its_time_is_over(gpu_report, tmp_path):
 def test_why_a_program_failed(gpu_report):
     missing = "/usr/bin/python3: No module named pytest"
     assert gpu_report.outcome(1, missing) == ("not run", "pytest is not installed")
-    assert gpu_report.outcome(1, "Traceback\nRuntimeError: bad\n") == ("failed", "RuntimeError: bad")
+    assert gpu_report.outcome(0, missing) == ("passed", missing)
+    assert gpu_report.outcome(1, f"{missing}\nRuntimeError: bad\n") == ("failed", "RuntimeError: bad")
     assert gpu_report.outcome(None, "") == ("failed", "it did not end in its time")
 
 
