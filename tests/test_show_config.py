@@ -23,6 +23,13 @@ def test_cuda_is_said_as_it_is():
     assert bool(re.search(r"\d", line)) == has_kernel, line
 
 
+def test_a_prompt_shows_it_as_print_does():
+    text = fused_lars.show_config()
+    assert isinstance(text, str)
+    assert repr(text) == str(text) == text
+    assert len(repr(text).splitlines()) == 4
+
+
 def test_names():
     for name in ("LARS", "param_groups", "show_config", "ops"):
         assert name in fused_lars.__all__
