@@ -66,6 +66,8 @@ format: $(VENV)/lint.stamp
 lint: $(VENV)/lint.stamp
 	ruff check
 	ruff format --check
+	mypy
+	pyright
 	clang-format --dry-run -Werror $(CXX_FILES)
 
 clean:
@@ -78,11 +80,6 @@ $(VENV)/bin/python:
 	$(PYTHON3) -m venv $(VENV)
 
 # torch and a group of pyproject.toml. What is there already costs pip seconds, and the stamp spares those.
-$(VENV)/lint.stamp: pyproject.toml | $(VENV)/bin/python
-	pip install --quiet "pip>=25.1"
-	pip install --quiet --group lint
-	@touch $@
-
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.txt | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
 	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }

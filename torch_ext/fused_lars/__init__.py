@@ -1,5 +1,7 @@
 """LARS for PyTorch with fused CPU and CUDA kernels; see ``fused_lars.LARS``."""
 
+from typing import Any
+
 import torch
 
 from ._library import __version__, cmake_prefix_path, show_config
@@ -8,7 +10,7 @@ from .lars_class import Lars
 from .optimizer import LARS
 from .param_groups import param_groups
 
-ops = torch.ops.fused_lars
+ops: Any = torch.ops.fused_lars
 
 __all__ = [
     "LARS",

@@ -1,11 +1,12 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from .checks import ADDED_OPTIONS, HALF, NUMBERS, check_group, check_params
 from .masters import WrittenParams, take_over
@@ -16,6 +17,8 @@ from .replaced import SeenParams
 from .state_dict import check_state_dict, implementations, restore
 
 __all__ = ["LARS"]
+
+Loss = TypeVar("Loss")
 
 _SCRATCH = ("_records", "_workspaces", "_written_params")
 
@@ -115,7 +118,7 @@ class LARS(Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         momentum: float = 0.0,
         *,
@@ -161,7 +164,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
         self._choose_amp_scaling()
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # The base class loads a state by this too, and a copy has nothing yet.
         groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
@@ -180,7 +183,7 @@ class LARS(Optimizer):
         self._sharding = getattr(self, "_sharding", None)
         self._seen_params = seen.of_same_groups(groups, self.param_groups)
 
-    def __copy__(self):
+    def __copy__(self) -> "LARS":
         """A shallow copy: it shares parameters, state and groups, and what steps record."""
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
@@ -198,7 +201,7 @@ class LARS(Optimizer):
         self._written_params = WrittenParams()
         self._prepared: PreparedStep | None = None
 
-    def add_param_group(self, param_group) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
 
         Raises:
@@ -240,7 +243,7 @@ class LARS(Optimizer):
             return False
         return not any(hasattr(p, "_local_tensor") for group in self.param_groups for p in group["params"])
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of LARS, in torch's format.
 
         Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and
@@ -310,8 +313,14 @@ class LARS(Optimizer):
                     state["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @_use_grad_for_differentiable
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Performs one step, in place.
 
         All groups go to one op call for each device. Parameters without a gradient are left alone.
@@ -332,7 +341,7 @@ class LARS(Optimizer):
                 accelerator, the step changes nothing and it is the next one that raises what other ranks see.
         """
         self._accelerator_graph_capture_health_check()
-        loss = None
+        loss: Loss | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -363,7 +372,7 @@ class LARS(Optimizer):
             return
         self._look_at_replaced_params()
         calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
-        calls = {key: call for key, call in calls.items() if call.params}
+        calls = OpCalls({key: call for key, call in calls.items() if call.params})
         has_masters = any(call.master_params for call in calls.values())
         if has_masters and self._sharding is None:
             self._written_params.before_step(self.param_groups, self.state)
@@ -425,7 +434,7 @@ class LARS(Optimizer):
                 call.end_group(group, index)
                 continue
             ways = {device: way_to_compute(group, index, device) for device in devices}
-            lists = ([], [], [], [], [])
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
             self._init_group(group, *lists)
             for device in dict.fromkeys(p.device for p in lists[0]):
                 call = calls[(device, *ways[device])]
@@ -433,7 +442,25 @@ class LARS(Optimizer):
                 call.end_group(group, index)
         return calls
 
-    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict:
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, Tensor]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, float]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
+
+    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
         """The trust ratio q that the last step used, of every parameter that had a gradient.
 
         Args:
@@ -450,9 +477,27 @@ class LARS(Optimizer):
         """
         return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
 
+    @overload
     def layer_norms(
-        self, *, by_name: bool = False, as_numbers: bool = False
-    ) -> dict[Tensor, LayerNorms] | dict[str, LayerNorms]:
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, LayerNorms[float]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[True]
+    ) -> dict[str, LayerNorms[float]]: ...
+
+    def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
         """The norms that the last step took, before it changed anything, of every parameter with a gradient.
 
         Args:

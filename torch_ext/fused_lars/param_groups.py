@@ -1,6 +1,7 @@
 """Parameter groups for LARS: bias, normalisation and other vectors without weight decay and adaptation."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def param_groups(
     *,
     exclude: Callable[[str, nn.Parameter], bool] | None = None,
     named: bool = True,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Splits a model's parameters as large-batch recipes do (MLPerf's ResNet reference, BYOL, Barlow Twins).
 
     Args:
@@ -88,11 +89,15 @@ def param_groups(
         isinstance(module, GraphModule) or type(module).__module__ == "torch.export.unflatten"
         for module in model.modules()
     )
-    weights, others, seen = [], [], set()
-    parametrized = {}  # what a parametrization's own parameters stand for
+    weights: list[Any] = []
+    others: list[Any] = []
+    seen = set()
+    # What a parametrization's own parameters stand for.
+    parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}
     for prefix, module in model.named_modules():
         if is_parametrized(module):
-            parametrized.update({made: (module, name) for name, made in module.parametrizations.items()})
+            made_by_name = cast(nn.ModuleDict, module.parametrizations)
+            parametrized.update({made: (module, name) for name, made in made_by_name.items()})
         for name, param in module.named_parameters(prefix="", recurse=False):
             if param in seen:
                 continue
@@ -110,7 +115,7 @@ def param_groups(
                     "adaptation"
                 )
             (others if excluded else weights).append((full_name, param) if named else param)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "layer_adaptation": False},
     ]
