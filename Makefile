@@ -14,7 +14,7 @@ export PATH := $(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: train ssl test bench build train-cpp sanitize format lint googletest clean
+.PHONY: train ssl test bench build train-cpp sanitize format docs lint googletest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/examples.stamp build
@@ -62,6 +62,10 @@ format: $(VENV)/lint.stamp
 	ruff check --fix --exit-zero --quiet
 	ruff format
 	clang-format -i $(CXX_FILES)
+
+# The API page, build/docs/index.html.
+docs: $(VENV)/docs.stamp build
+	sphinx-build --quiet --nitpicky --fail-on-warning --keep-going docs/api build/docs
 
 lint: $(VENV)/lint.stamp
 	ruff check

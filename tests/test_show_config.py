@@ -1,6 +1,7 @@
 """show_config() and the package's names."""
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -36,3 +37,9 @@ def test_names():
     assert all(hasattr(fused_lars, name) for name in fused_lars.__all__)
     assert fused_lars.ops is torch.ops.fused_lars
     assert issubclass(fused_lars.LARS, torch.optim.Optimizer)
+
+
+def test_the_api_page_has_every_name():
+    page = Path(__file__).parents[1] / "docs" / "api" / "index.rst"
+    listed = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", page.read_text(), re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(fused_lars.__all__)

@@ -1,4 +1,9 @@
-"""LARS for PyTorch with fused CPU and CUDA kernels; see ``fused_lars.LARS``."""
+"""LARS for PyTorch with fused CPU and CUDA kernels.
+
+:class:`LARS`, in capitals, is the optimizer: a ``torch.optim.Optimizer``. :class:`Lars` is for programs
+without one, such as TorchScript: the caller gives it parameters and gradients, and it keeps its state under
+ids that the caller chooses.
+"""
 
 from typing import Any
 

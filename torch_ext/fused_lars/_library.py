@@ -47,8 +47,8 @@ def show_config() -> str:
     """What the library was built from and what it uses on this machine.
 
     Returns:
-        Lines of text: the version, the torch and the CUDA (with its architectures) that it was built with,
-        and the instruction set that the CPU step has chosen. A prompt shows them as ``print`` does.
+        Lines of text with the version, the torch and the CUDA (with its architectures) that it was built
+        with, and the instruction set that the CPU step has chosen. A prompt shows them as ``print`` does.
     """
     return _Lines(
         f"fused_lars {__version__}\n"

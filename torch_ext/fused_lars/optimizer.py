@@ -26,28 +26,27 @@ _SCRATCH = ("_records", "_workspaces", "_written_params")
 class LARS(Optimizer):
     r"""Implements layer-wise adaptive rate scaling (LARS) with fused kernels.
 
-    For a parameter :math:`w`, its gradient and its momentum buffer :math:`v`, with the L2 norm
-    :math:`|\cdot|` of the whole parameter (of the global tensor where it is a ``DTensor``):
+    For a parameter ``w``, its gradient ``g`` and its momentum buffer ``v``, with the L2 norm ``|.|`` of the
+    whole parameter (of the global tensor where it is a ``DTensor``)::
 
-    .. math::
-        g' &= (\text{maximize} ? -g : g) / \text{grad\_scale} \\
-        q  &= \text{trust\_coefficient} \cdot |w| / (|g'| + \text{weight\_decay} \cdot |w| + \text{eps})
-              \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is 0 or NaN}) \\
-        \text{decayed\_norm:}\quad
-        q  &= \text{trust\_coefficient} \cdot |w| / (|g' + \text{weight\_decay} \cdot w| + \text{eps})
-              \quad (1 \text{ where } |w| \text{ or that norm is 0 or NaN}) \\
-        u  &= q \cdot (g' + \text{weight\_decay} \cdot w)
+        g' = (maximize ? -g : g) / grad_scale
+        q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)
+        q  = trust_coefficient * |w| / (|g' + weight_decay * w| + eps)      with decayed_norm
+        q  = min(q / lr, 1)                                                 with trust_clip
+        u  = q * (g' + weight_decay * w)
 
-    .. math::
-        \text{classic\_momentum:}\quad  v &= \text{momentum} \cdot v + \text{lr} \cdot u, &
-             w &= w - (\text{nesterov} ? \text{momentum} \cdot v + \text{lr} \cdot u : v) \\
-        \text{otherwise:}\quad  v &= \text{momentum} \cdot v + (1 - \text{dampening}) \cdot u, &
-             w &= w - \text{lr} \cdot (\text{nesterov} ? u + \text{momentum} \cdot v : v)
+        v  = momentum * v + lr * u                                          classic_momentum
+        w  = w - (nesterov ? momentum * v + lr * u : v)
+        v  = momentum * v + (1 - dampening) * u                             otherwise
+        w  = w - lr * (nesterov ? u + momentum * v : v)
 
-    from You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
-    algorithm 1. The two momentum conventions give the same steps while lr is constant. When lr changes, the
-    classic one (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the
-    other one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
+    Before ``trust_clip``, ``q`` is 1 where a norm is 0 or NaN, and without ``layer_adaptation``. The rule is
+    that of You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
+    algorithm 1.
+
+    The two momentum conventions give the same steps while lr is constant. When lr changes, the classic one
+    (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the other one
+    (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
 
     Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in
     fp32. Every argument below except ``params`` can be overridden in a parameter group. Those after
@@ -205,7 +204,8 @@ class LARS(Optimizer):
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
 
         Raises:
-            ValueError, RuntimeError: as the constructor does.
+            ValueError: as the constructor does.
+            RuntimeError: as the constructor does.
         """
         # What is no dict, or holds an unordered set, is the base class's error.
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
@@ -505,11 +505,11 @@ class LARS(Optimizer):
             as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
 
         Returns:
-            A dict with a named tuple for each parameter: ``weight``, its L2 norm, and ``grad``, that of its
-            gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group with
-            ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions are
-            those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it
-            shows in some layers only, it began in the last of them, in the order of the forward pass.
+            A dict with a named tuple for each parameter. It has ``weight``, its L2 norm, and ``grad``, that
+            of its gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group
+            with ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions
+            are those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it shows in
+            some layers only, it began in the last of them, in the order of the forward pass.
         """
         return self._records.layer_norms(self.param_groups, by_name, as_numbers)
 

@@ -64,13 +64,14 @@ def param_groups(
             the names. ``torch.distributed.optim.ZeroRedundancyOptimizer`` takes parameters alone.
 
     Returns:
-        Two groups for :class:`fused_lars.LARS`, every parameter in exactly one: the weights, with
-        ``weight_decay``; and bias and normalisation parameters and all others of at most one dimension (the
-        scales of LayerScale, PReLU's slopes), with ``weight_decay=0, layer_adaptation=False``. A bias is
-        called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``); a normalisation layer is torch's, or a class
-        that inherits from it. A parametrization is taken for the parameter that it makes. A parameter that
-        several modules share counts where ``model.named_parameters()`` names it first. Scales of more
-        dimensions, (C, 1, 1) in torchvision's ConvNeXt, are for ``exclude``.
+        Two groups for :class:`fused_lars.LARS`, with every parameter in exactly one. The first has the
+        weights, with ``weight_decay``. The second has bias and normalisation parameters and all others of at
+        most one dimension (the scales of LayerScale, PReLU's slopes), with ``weight_decay=0,
+        layer_adaptation=False``. A bias is called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``); a
+        normalisation layer is torch's, or a class that inherits from it. A parametrization is taken for the
+        parameter that it makes. A parameter that several modules share counts where
+        ``model.named_parameters()`` names it first. Scales of more dimensions, (C, 1, 1) in torchvision's
+        ConvNeXt, are for ``exclude``.
 
     Raises:
         TypeError: `model` is something else.
