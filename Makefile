@@ -65,7 +65,7 @@ format: $(VENV)/lint.stamp
 
 # The API page, build/docs/index.html.
 docs: $(VENV)/docs.stamp build
-	sphinx-build --quiet --nitpicky --fail-on-warning --keep-going docs/api build/docs
+	sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs/api build/docs
 
 lint: $(VENV)/lint.stamp
 	ruff check
