@@ -21,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: train ssl test bench gpu-report build train-cpp sanitize format lint googletest clean
+.PHONY: train ssl test bench gpu-report build train-cpp sanitize format docs lint googletest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/examples.stamp build
@@ -77,9 +77,15 @@ format: $(VENV)/lint.stamp
 	ruff format
 	clang-format -i $(CXX_FILES)
 
+# The API page, build/docs/index.html.
+docs: $(VENV)/docs.stamp build
+	sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs/api build/docs
+
 lint: $(VENV)/lint.stamp
 	ruff check
 	ruff format --check
+	mypy
+	pyright
 	clang-format --dry-run -Werror $(CXX_FILES)
 
 clean:
@@ -96,11 +102,6 @@ $(VENV)/bin/python:
 	$(PYTHON3) -m venv $(VENV)
 
 # torch and a group of pyproject.toml. What is there already costs pip seconds, and the stamp spares those.
-$(VENV)/lint.stamp: pyproject.toml | $(VENV)/bin/python
-	pip install --quiet "pip>=25.1"
-	pip install --quiet --group lint
-	@touch $@
-
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.txt | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
 	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }

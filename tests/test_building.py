@@ -25,6 +25,14 @@ runpy.run_path({str(ROOT / "setup.py")!r})
     assert "pip install --upgrade 'setuptools>=70.1'" in done.stderr
 
 
+def test_types_are_part_of_the_package(tmp_path):
+    """Without py.typed a type checker takes all of an installed package for Any."""
+    pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
+    command = [sys.executable, ROOT / "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "fused_lars" / "py.typed").exists()
+
+
 def test_old_torch(tmp_path):
     """What pip and make show too, since both call CMake."""
     package = tmp_path / "torch" / "share" / "cmake" / "Torch"

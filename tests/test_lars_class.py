@@ -2,11 +2,13 @@
 
 import copy
 import copyreg
+import inspect
 import io
 import os
 import pickle
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,34 @@ def test_is_one_class_with_the_torchscript_one():
     assert isinstance(torch.classes.fused_lars.Lars(0.1), Lars)
     assert not isinstance(0.1, Lars)
     assert not isinstance(torch.jit.script(torch.nn.Linear(1, 1))._c, Lars)
+
+
+def test_declares_the_methods_of_the_torchscript_class():
+    """Type checkers, help() and the API page see the declared ones, programs call the others."""
+    lars = Lars(0.1)
+    declared = {name: value for name, value in vars(Lars).items() if not name.startswith("_")}
+    assert sorted(declared) == sorted(name for name in lars._method_names() if not name.startswith("_"))
+    for name, method in declared.items():
+        schema = lars._get_method(name).schema
+        hints = typing.get_type_hints(method)
+        returned = hints.pop("return")
+        assert list(inspect.signature(method).parameters)[1:] == [a.name for a in schema.arguments[1:]], name
+        for argument in schema.arguments[1:]:
+            assert torch.jit.annotations.try_ann_to_type(hints[argument.name], None) == argument.type, name
+        if returned is Lars:
+            assert schema.returns[0].type == lars._type(), name
+        else:
+            assert torch.jit.annotations.try_ann_to_type(returned, None) == schema.returns[0].type, name
+
+
+def test_declared_methods_are_those_of_the_object(device):
+    (weight,) = tensors(device, (4,))
+    one, other = weight.clone(), weight.clone()
+    make().step(0, one, weight)
+    assert isinstance(Lars.with_momentum(Lars(0.1), 0.5), Lars)
+    Lars.step(make(), 0, other, weight)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, weight)
 
 
 def test_repr_and_settings(device):

@@ -1,6 +1,7 @@
 """show_config() and the package's names."""
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -23,9 +24,22 @@ def test_cuda_is_said_as_it_is():
     assert bool(re.search(r"\d", line)) == has_kernel, line
 
 
+def test_a_prompt_shows_it_as_print_does():
+    text = fused_lars.show_config()
+    assert isinstance(text, str)
+    assert repr(text) == str(text) == text
+    assert len(repr(text).splitlines()) == 4
+
+
 def test_names():
     for name in ("LARS", "param_groups", "show_config", "ops"):
         assert name in fused_lars.__all__
     assert all(hasattr(fused_lars, name) for name in fused_lars.__all__)
     assert fused_lars.ops is torch.ops.fused_lars
     assert issubclass(fused_lars.LARS, torch.optim.Optimizer)
+
+
+def test_the_api_page_has_every_name():
+    page = Path(__file__).parents[1] / "docs" / "api" / "index.rst"
+    listed = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", page.read_text(), re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(fused_lars.__all__)

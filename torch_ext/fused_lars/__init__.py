@@ -1,4 +1,11 @@
-"""LARS for PyTorch with fused CPU and CUDA kernels; see ``fused_lars.LARS``."""
+"""LARS for PyTorch with fused CPU and CUDA kernels.
+
+:class:`LARS`, in capitals, is the optimizer: a ``torch.optim.Optimizer``. :class:`Lars` is for programs
+without one, such as TorchScript: the caller gives it parameters and gradients, and it keeps its state under
+ids that the caller chooses.
+"""
+
+from typing import Any
 
 import torch
 
@@ -8,7 +15,7 @@ from .lars_class import Lars
 from .optimizer import LARS
 from .param_groups import param_groups
 
-ops = torch.ops.fused_lars
+ops: Any = torch.ops.fused_lars
 
 __all__ = [
     "LARS",

@@ -36,14 +36,21 @@ __version__: str = _config["version"]
 cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
 
 
+class _Lines(str):
+    """A text that a prompt shows as print() does."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def show_config() -> str:
     """What the library was built from and what it uses on this machine.
 
     Returns:
-        Lines of text: the version, the torch and the CUDA (with its architectures) that it was built with,
-        and the instruction set that the CPU step has chosen.
+        Lines of text with the version, the torch and the CUDA (with its architectures) that it was built
+        with, and the instruction set that the CPU step has chosen. A prompt shows them as ``print`` does.
     """
-    return (
+    return _Lines(
         f"fused_lars {__version__}\n"
         f"torch: {_config['torch']}\n"
         f"CUDA: {_config['cuda']}\n"

@@ -1,6 +1,7 @@
 """From a checkpoint of another optimizer to one of LARS."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ _SOURCES = {
 }
 
 
-def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) -> dict:
+def convert_state_dict(
+    state_dict: dict[str, Any],
+    optimizer: LARS,
+    source: Literal["sgd", "mu", "apex"],
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+) -> dict[str, Any]:
     """Makes a state_dict of :class:`fused_lars.LARS` from one of another optimizer.
 
     Momentum is taken over, hyperparameters are not: they stay those of ``optimizer``. Where one of both has
@@ -74,18 +80,19 @@ def convert_state_dict(state_dict: dict, optimizer, source: str, params=None) ->
         for group_index, group in enumerate(optimizer.param_groups)
         for index, p in enumerate(group["params"])
     }
-    params = [p for group in optimizer.param_groups for p in group["params"]] if params is None else [*params]
-    params = [p[1] if isinstance(p, tuple) else p for p in params]  # of named_parameters()
-    for number, param in enumerate(params):
+    if params is None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+    ordered = [p[1] if isinstance(p, tuple) else p for p in params]  # of named_parameters()
+    for number, param in enumerate(ordered):
         if not isinstance(param, Tensor):
             raise ValueError(f"params[{number}] is {type(param).__name__}; expected a parameter")
     saved = [(saved_id, group) for group in state_dict["param_groups"] for saved_id in group["params"]]
-    if len(saved) != len(params):
-        raise ValueError(f"the state_dict has {len(saved)} parameters; expected {len(params)}")
+    if len(saved) != len(ordered):
+        raise ValueError(f"the state_dict has {len(saved)} parameters; expected {len(ordered)}")
 
     result = optimizer.state_dict()
     state = {}
-    for number, ((saved_id, saved_group), param) in enumerate(zip(saved, params)):
+    for number, ((saved_id, saved_group), param) in enumerate(zip(saved, ordered)):
         if id(param) not in own:
             raise ValueError(f"params[{number}], of shape {tuple(param.shape)}, is not the optimizer's")
         group, group_index, index = own[id(param)]

@@ -1,8 +1,10 @@
 """``fused_lars.Lars``: LARS with its state kept under parameter ids, in eager code and in TorchScript."""
 
 import copyreg
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _library  # noqa: F401  registers torch.classes.fused_lars
 
@@ -11,13 +13,14 @@ __all__ = ["Lars"]
 _NAME = "__torch__.torch.classes.fused_lars.Lars"
 
 
+def _is_lars(instance: object) -> bool:
+    return isinstance(instance, torch.ScriptObject) and instance._type().qualified_name() == _NAME
+
+
 class _ScriptClass(type):
     # Objects of a TorchScript class are torch.ScriptObject, and the class itself is no type.
-    def __call__(cls, base_lr: float) -> "Lars":
-        return torch.classes.fused_lars.Lars(base_lr)
-
-    def __instancecheck__(cls, instance) -> bool:
-        return isinstance(instance, torch.ScriptObject) and instance._type().qualified_name() == _NAME
+    def __instancecheck__(cls, instance: object) -> bool:
+        return _is_lars(instance)
 
 
 class Lars(metaclass=_ScriptClass):
@@ -34,34 +37,16 @@ class Lars(metaclass=_ScriptClass):
     Args:
         base_lr (float): learning rate, finite and >= 0.
 
-    Methods:
-        with_momentum(momentum), with_weight_decay(weight_decay), with_trust_coefficient(trust_coefficient):
-            set what they name and return the optimizer. Defaults are 0, 0 and 0.001; allowed are [0, 1),
-            finite and >= 0, finite and > 0.
-        with_decayed_norm(decayed_norm): True divides by ``|g' + weight_decay * w|``, see
-            :class:`fused_lars.LARS`. Returns the optimizer. Default: False.
-        learning_rate() -> float
-        set_learning_rate(lr)
-        step(parameter_id, weights, grad): updates ``weights`` (fp32, fp64, fp16 or bf16, any shape and
-            strides) in place. ``grad`` has its shape and device, and its dtype or fp32. With momentum, a
-            buffer of the shape and dtype of the weights is kept under the id; it starts at zero, and again
-            when the shape under the id changes. It follows its weights to another dtype or device.
-        step_all(ids, weights, grads): the same for lists of equal length without repetitions, as one fused
-            step for each device.
-        step_graph_node(graph, node): steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the
-            id ``node``. A leaf that does not require grad is left alone.
-        clear_state(): forgets all momentum buffers.
-
     Copies and storage: ``copy.deepcopy`` and ``pickle`` copy the settings and the buffers, and a scripted
     module that holds the object saves them with itself. ``copy.copy`` gives a second name of the same
     optimizer. ``fused_lars`` must be imported before ``torch.jit.load`` and ``torch.load``, which then needs
     no ``weights_only=False``.
 
     Raises:
-        ValueError: a value out of range, tensors that do not fit together, repeated ids, a node outside of
-            the graph or one that requires grad and has none. Nothing has changed then. In scripted code the
-            TorchScript interpreter replaces it by a RuntimeError with the same text, as it does with every
-            operator's error.
+        ValueError: by every method, for a value out of range, tensors that do not fit together, repeated ids,
+            a node outside of the graph or one that requires grad and has none. Nothing has changed then. In
+            scripted code the TorchScript interpreter replaces it by a RuntimeError with the same text, as it
+            does with every operator's error.
 
     Example:
         >>> optimizer = fused_lars.Lars(0.1).with_momentum(0.9).with_weight_decay(5e-4)
@@ -69,16 +54,77 @@ class Lars(metaclass=_ScriptClass):
         >>> optimizer.step_all([0, 1], [weight, bias], [weight_grad, bias_grad])
     """
 
+    def __new__(cls, base_lr: float) -> "Lars":
+        return torch.classes.fused_lars.Lars(base_lr)
 
-def _rebuild(state: tuple) -> "Lars":
+    # An object's methods are those of csrc/torchbind.cpp, not these: `self` is a torch.ScriptObject, so what
+    # follows calls C++ and not itself. It is what type checkers, help() and the API page see.
+
+    def with_momentum(self, momentum: float) -> "Lars":
+        """Sets the momentum, in [0, 1), and returns the optimizer. Default: 0."""
+        return self.with_momentum(momentum)
+
+    def with_weight_decay(self, weight_decay: float) -> "Lars":
+        """Sets the weight decay, finite and >= 0, and returns the optimizer. Default: 0."""
+        return self.with_weight_decay(weight_decay)
+
+    def with_trust_coefficient(self, trust_coefficient: float) -> "Lars":
+        """Sets the trust coefficient, finite and > 0, and returns the optimizer. Default: 0.001."""
+        return self.with_trust_coefficient(trust_coefficient)
+
+    def with_decayed_norm(self, decayed_norm: bool) -> "Lars":
+        """Sets what the trust ratio divides by and returns the optimizer.
+
+        True: ``|g' + weight_decay * w|``, see :class:`fused_lars.LARS`. Default: False.
+        """
+        return self.with_decayed_norm(decayed_norm)
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.learning_rate()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the learning rate, finite and >= 0."""
+        self.set_learning_rate(lr)
+
+    def step(self, parameter_id: int, weights: Tensor, grad: Tensor) -> None:
+        """Updates ``weights`` in place.
+
+        With momentum, a buffer of the shape and dtype of the weights is kept under the id; it starts at zero,
+        and again when the shape under the id changes. It follows its weights to another dtype or device.
+
+        Args:
+            parameter_id (int): any integer, the same in every step of these weights.
+            weights (Tensor): fp32, fp64, fp16 or bf16, of any shape and strides.
+            grad (Tensor): of the shape and device of the weights, and of their dtype or fp32.
+        """
+        self.step(parameter_id, weights, grad)
+
+    def step_all(self, ids: list[int], weights: list[Tensor], grads: list[Tensor]) -> None:
+        """:meth:`step` for lists of equal length without repetitions, as one fused step for each device."""
+        self.step_all(ids, weights, grads)
+
+    def step_graph_node(self, graph: list[Tensor], node: int) -> None:
+        """Steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the id ``node``.
+
+        A leaf that does not require grad is left alone.
+        """
+        self.step_graph_node(graph, node)
+
+    def clear_state(self) -> None:
+        """Forgets all momentum buffers."""
+        self.clear_state()
+
+
+def _rebuild(state: tuple) -> Any:
     """A Lars from its stored state; the name is in every pickle."""
-    lars = torch.ScriptObject.__new__(torch.ScriptObject)
+    lars: Any = torch.ScriptObject.__new__(torch.ScriptObject)
     lars.__setstate__((state, _NAME))
     return lars
 
 
-def _reduce(script_object: torch.ScriptObject) -> tuple:
-    if not isinstance(script_object, Lars):
+def _reduce(script_object: Any) -> Any:
+    if not _is_lars(script_object):
         return script_object.__reduce_ex__(2)
     state, _ = script_object.__getstate__()
     return _rebuild, (state,)

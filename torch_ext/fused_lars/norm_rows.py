@@ -1,11 +1,11 @@
 """The norms that ranks add up: the rows of one norms op a device, which are the messages of sets of ranks."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .checks import HALF
 from .op_call import OpCall, Workspace
@@ -42,7 +42,7 @@ class NormRows:
         runs = self._runs[call]
         done = 0
         # Most often all have one, and need not be asked again.
-        stretches = [(True, params)]
+        stretches: Iterable[tuple[bool, Iterable[Tensor]]] = [(True, params)]
         if len(weights) < len(params):
             stretches = groupby(params, lambda p: p.grad is not None)
         for has_grad, members in stretches:
@@ -99,8 +99,8 @@ class NormRows:
         """Takes the norms, by the options that the groups have now."""
         if not self._spans:
             return  # nothing is shared: the step takes its norms itself
-        options = {index: _norm_options(group) for index, group in enumerate(param_groups)}
-        options[None] = (0.0, False, False)
+        options: dict[int | None, tuple[float, bool, bool]] = {None: (0.0, False, False)}
+        options.update({index: _norm_options(group) for index, group in enumerate(param_groups)})
         columns = zip(*map(options.__getitem__, self._group_indices))
         weight_decay, maximize, decayed_norm = map(list, columns)
         self._norms = torch.ops.fused_lars.squared_norms.groups(
@@ -118,8 +118,8 @@ class NormRows:
             rows = torch.tensor([*self._without_grad], device="cpu")
             rows = rows.to(self._norms.device, non_blocking=True)
             # A gradient of zeros. Its decayed gradient is the decay.
-            decays = [options[index][0] ** 2 for index in self._without_grad.values()]
-            decays = torch.tensor(decays, dtype=self._norms.dtype, device="cpu")
+            squares = [options[index][0] ** 2 for index in self._without_grad.values()]
+            decays = torch.tensor(squares, dtype=self._norms.dtype, device="cpu")
             decays = decays.to(self._norms.device, non_blocking=True)
             self._norms[rows, 1] = torch.where(decays > 0.0, self._norms[rows, 0] * decays, 0.0)
 
@@ -157,6 +157,6 @@ def _norm_options(group) -> tuple[float, bool, bool]:
     return (group["weight_decay"] if decayed_norm else 0.0, group["maximize"], decayed_norm)
 
 
-def _weight_without_grad(param: DTensor, state) -> Tensor:
+def _weight_without_grad(param, state) -> Tensor:
     weight = state.get(param, {}).get("master_param", param)._local_tensor
     return weight if param.requires_grad else weight.new_empty(0)

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from operator import is_, itemgetter
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class OpCall:
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
         # The lists but for gradients, kept in C++ for a call that is made again.
-        self._kept: torch.ScriptObject | None = None
+        self._kept: Any = None  # of torch.classes, whose methods no type checker knows
 
     def add_lists(self, lists, local=None) -> None:
         for tensors, more in zip(self.lists, lists):
@@ -117,6 +118,7 @@ class OpCall:
 
     def keep(self) -> None:
         """Keeps local tensors and their order, but no gradients, for the next time that this call is made."""
+        assert self.local is not None  # only calls of sharding.py are kept
         if self._kept is None and not self.reference:
             params, _, *state = self.local
             self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
@@ -125,6 +127,7 @@ class OpCall:
         self.local[1].clear()
 
     def _run_kept(self, values, grad_scale, found_inf, record, workspace) -> None:
+        assert self.local is not None
         self._kept.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
         self._kept.run_with(
             self.local[1],
@@ -281,6 +284,14 @@ def name_in_group(group, index: int) -> str | None:
 def place_of(group_index: int, index: int) -> str:
     """Where a parameter stands in an optimizer."""
     return f"param_groups[{group_index}]['params'][{index}]"
+
+
+@overload
+def on_device(tensor: Tensor, device: torch.device) -> Tensor: ...
+
+
+@overload
+def on_device(tensor: None, device: torch.device) -> None: ...
 
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,11 +1,12 @@
 """LARS as a ``torch.optim.Optimizer``: gathers parameters and state for one op call a device."""
 
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from .checks import ADDED_OPTIONS, HALF, NUMBERS, check_group, check_params
 from .masters import WrittenParams, take_over
@@ -17,34 +18,35 @@ from .state_dict import check_state_dict, implementations, restore
 
 __all__ = ["LARS"]
 
+Loss = TypeVar("Loss")
+
 _SCRATCH = ("_records", "_workspaces", "_written_params")
 
 
 class LARS(Optimizer):
     r"""Implements layer-wise adaptive rate scaling (LARS) with fused kernels.
 
-    For a parameter :math:`w`, its gradient and its momentum buffer :math:`v`, with the L2 norm
-    :math:`|\cdot|` of the whole parameter (of the global tensor where it is a ``DTensor``):
+    For a parameter ``w``, its gradient ``g`` and its momentum buffer ``v``, with the L2 norm ``|.|`` of the
+    whole parameter (of the global tensor where it is a ``DTensor``)::
 
-    .. math::
-        g' &= (\text{maximize} ? -g : g) / \text{grad\_scale} \\
-        q  &= \text{trust\_coefficient} \cdot |w| / (|g'| + \text{weight\_decay} \cdot |w| + \text{eps})
-              \quad (1 \text{ where } |w| \text{ or } |g'| \text{ is 0 or NaN}) \\
-        \text{decayed\_norm:}\quad
-        q  &= \text{trust\_coefficient} \cdot |w| / (|g' + \text{weight\_decay} \cdot w| + \text{eps})
-              \quad (1 \text{ where } |w| \text{ or that norm is 0 or NaN}) \\
-        u  &= q \cdot (g' + \text{weight\_decay} \cdot w)
+        g' = (maximize ? -g : g) / grad_scale
+        q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)
+        q  = trust_coefficient * |w| / (|g' + weight_decay * w| + eps)      with decayed_norm
+        q  = min(q / lr, 1)                                                 with trust_clip
+        u  = q * (g' + weight_decay * w)
 
-    .. math::
-        \text{classic\_momentum:}\quad  v &= \text{momentum} \cdot v + \text{lr} \cdot u, &
-             w &= w - (\text{nesterov} ? \text{momentum} \cdot v + \text{lr} \cdot u : v) \\
-        \text{otherwise:}\quad  v &= \text{momentum} \cdot v + (1 - \text{dampening}) \cdot u, &
-             w &= w - \text{lr} \cdot (\text{nesterov} ? u + \text{momentum} \cdot v : v)
+        v  = momentum * v + lr * u                                          classic_momentum
+        w  = w - (nesterov ? momentum * v + lr * u : v)
+        v  = momentum * v + (1 - dampening) * u                             otherwise
+        w  = w - lr * (nesterov ? u + momentum * v : v)
 
-    from You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
-    algorithm 1. The two momentum conventions give the same steps while lr is constant. When lr changes, the
-    classic one (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the
-    other one (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
+    Before ``trust_clip``, ``q`` is 1 where a norm is 0 or NaN, and without ``layer_adaptation``. The rule is
+    that of You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
+    algorithm 1.
+
+    The two momentum conventions give the same steps while lr is constant. When lr changes, the classic one
+    (the paper, Caffe, MLPerf's reference, apex) keeps earlier updates at their own lr, and the other one
+    (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
 
     Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in
     fp32. Every argument below except ``params`` can be overridden in a parameter group. Those after
@@ -115,7 +117,7 @@ class LARS(Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         momentum: float = 0.0,
         *,
@@ -161,7 +163,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
         self._choose_amp_scaling()
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # The base class loads a state by this too, and a copy has nothing yet.
         groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
@@ -180,7 +182,7 @@ class LARS(Optimizer):
         self._sharding = getattr(self, "_sharding", None)
         self._seen_params = seen.of_same_groups(groups, self.param_groups)
 
-    def __copy__(self):
+    def __copy__(self) -> "LARS":
         """A shallow copy: it shares parameters, state and groups, and what steps record."""
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
@@ -198,11 +200,12 @@ class LARS(Optimizer):
         self._written_params = WrittenParams()
         self._prepared: PreparedStep | None = None
 
-    def add_param_group(self, param_group) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
 
         Raises:
-            ValueError, RuntimeError: as the constructor does.
+            ValueError: as the constructor does.
+            RuntimeError: as the constructor does.
         """
         # What is no dict, or holds an unordered set, is the base class's error.
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
@@ -240,7 +243,7 @@ class LARS(Optimizer):
             return False
         return not any(hasattr(p, "_local_tensor") for group in self.param_groups for p in group["params"])
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of LARS, in torch's format.
 
         Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and
@@ -310,8 +313,14 @@ class LARS(Optimizer):
                     state["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
                 steps.append(state["step"])
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @_use_grad_for_differentiable
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Performs one step, in place.
 
         All groups go to one op call for each device. Parameters without a gradient are left alone.
@@ -332,7 +341,7 @@ class LARS(Optimizer):
                 accelerator, the step changes nothing and it is the next one that raises what other ranks see.
         """
         self._accelerator_graph_capture_health_check()
-        loss = None
+        loss: Loss | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -363,7 +372,7 @@ class LARS(Optimizer):
             return
         self._look_at_replaced_params()
         calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
-        calls = {key: call for key, call in calls.items() if call.params}
+        calls = OpCalls({key: call for key, call in calls.items() if call.params})
         has_masters = any(call.master_params for call in calls.values())
         if has_masters and self._sharding is None:
             self._written_params.before_step(self.param_groups, self.state)
@@ -425,7 +434,7 @@ class LARS(Optimizer):
                 call.end_group(group, index)
                 continue
             ways = {device: way_to_compute(group, index, device) for device in devices}
-            lists = ([], [], [], [], [])
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
             self._init_group(group, *lists)
             for device in dict.fromkeys(p.device for p in lists[0]):
                 call = calls[(device, *ways[device])]
@@ -433,7 +442,25 @@ class LARS(Optimizer):
                 call.end_group(group, index)
         return calls
 
-    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict:
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, Tensor]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, float]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
+
+    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
         """The trust ratio q that the last step used, of every parameter that had a gradient.
 
         Args:
@@ -450,9 +477,27 @@ class LARS(Optimizer):
         """
         return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
 
+    @overload
     def layer_norms(
-        self, *, by_name: bool = False, as_numbers: bool = False
-    ) -> dict[Tensor, LayerNorms] | dict[str, LayerNorms]:
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, LayerNorms[float]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[True]
+    ) -> dict[str, LayerNorms[float]]: ...
+
+    def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
         """The norms that the last step took, before it changed anything, of every parameter with a gradient.
 
         Args:
@@ -460,11 +505,11 @@ class LARS(Optimizer):
             as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
 
         Returns:
-            A dict with a named tuple for each parameter: ``weight``, its L2 norm, and ``grad``, that of its
-            gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group with
-            ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions are
-            those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it
-            shows in some layers only, it began in the last of them, in the order of the forward pass.
+            A dict with a named tuple for each parameter. It has ``weight``, its L2 norm, and ``grad``, that
+            of its gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group
+            with ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions
+            are those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it shows in
+            some layers only, it began in the last of them, in the order of the forward pass.
         """
         return self._records.layer_norms(self.param_groups, by_name, as_numbers)
 

@@ -1,6 +1,7 @@
 """Parameter groups for LARS: bias, normalisation and other vectors without weight decay and adaptation."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def param_groups(
     *,
     exclude: Callable[[str, nn.Parameter], bool] | None = None,
     named: bool = True,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Splits a model's parameters as large-batch recipes do (MLPerf's ResNet reference, BYOL, Barlow Twins).
 
     Args:
@@ -63,13 +64,14 @@ def param_groups(
             the names. ``torch.distributed.optim.ZeroRedundancyOptimizer`` takes parameters alone.
 
     Returns:
-        Two groups for :class:`fused_lars.LARS`, every parameter in exactly one: the weights, with
-        ``weight_decay``; and bias and normalisation parameters and all others of at most one dimension (the
-        scales of LayerScale, PReLU's slopes), with ``weight_decay=0, layer_adaptation=False``. A bias is
-        called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``); a normalisation layer is torch's, or a class
-        that inherits from it. A parametrization is taken for the parameter that it makes. A parameter that
-        several modules share counts where ``model.named_parameters()`` names it first. Scales of more
-        dimensions, (C, 1, 1) in torchvision's ConvNeXt, are for ``exclude``.
+        Two groups for :class:`fused_lars.LARS`, with every parameter in exactly one. The first has the
+        weights, with ``weight_decay``. The second has bias and normalisation parameters and all others of at
+        most one dimension (the scales of LayerScale, PReLU's slopes), with ``weight_decay=0,
+        layer_adaptation=False``. A bias is called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``); a
+        normalisation layer is torch's, or a class that inherits from it. A parametrization is taken for the
+        parameter that it makes. A parameter that several modules share counts where
+        ``model.named_parameters()`` names it first. Scales of more dimensions, (C, 1, 1) in torchvision's
+        ConvNeXt, are for ``exclude``.
 
     Raises:
         TypeError: `model` is something else.
@@ -88,11 +90,15 @@ def param_groups(
         isinstance(module, GraphModule) or type(module).__module__ == "torch.export.unflatten"
         for module in model.modules()
     )
-    weights, others, seen = [], [], set()
-    parametrized = {}  # what a parametrization's own parameters stand for
+    weights: list[Any] = []
+    others: list[Any] = []
+    seen = set()
+    # What a parametrization's own parameters stand for.
+    parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}
     for prefix, module in model.named_modules():
         if is_parametrized(module):
-            parametrized.update({made: (module, name) for name, made in module.parametrizations.items()})
+            made_by_name = cast(nn.ModuleDict, module.parametrizations)
+            parametrized.update({made: (module, name) for name, made in made_by_name.items()})
         for name, param in module.named_parameters(prefix="", recurse=False):
             if param in seen:
                 continue
@@ -110,7 +116,7 @@ def param_groups(
                     "adaptation"
                 )
             (others if excluded else weights).append((full_name, param) if named else param)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "layer_adaptation": False},
     ]

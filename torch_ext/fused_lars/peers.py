@@ -107,8 +107,9 @@ class Peers:
         reference = min(other for other, digest in digests.items() if digest == usual)
         own = self._params, self._sizes, self._options, self._given
         theirs = dict(self._gather((rank, own if rank == reference else None)))[reference]
-        found = None if self._digest == usual else _difference(own, theirs, reference)
-        found = [f"rank {other} {text}" for other, text in self._gather((rank, found)) if text is not None]
+        own_text = None if self._digest == usual else _difference(own, theirs, reference)
+        texts = self._gather((rank, own_text))
+        found = [f"rank {other} {text}" for other, text in texts if text is not None]
         more = f"; {len(found) - 4} more ranks differ" if len(found) > 4 else ""
         return ValueError(
             f"ranks {_short(self.ranks)} share parameters and have to step them alike, so none has stepped: "
@@ -234,10 +235,10 @@ def _difference(own, theirs, reference: int) -> str:
             if a != b:
                 return f"has {name}={a!r} where rank {reference} has {b!r}, in {where}"
         begin += size
-    name = next((name for name in given if given[name] != their_given[name]), None)
-    if name is None:
-        return f"has other options than rank {reference}"
-    return f"has {'a' if given[name] else 'no'} {name}, unlike rank {reference}"
+    for name, is_given in given.items():
+        if is_given != their_given[name]:
+            return f"has {'a' if is_given else 'no'} {name}, unlike rank {reference}"
+    return f"has other options than rank {reference}"
 
 
 def _short(ranks) -> str:

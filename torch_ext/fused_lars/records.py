@@ -1,18 +1,21 @@
 """What steps leave to be looked at: the trust ratio and the norms of every parameter."""
 
-from typing import NamedTuple
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple  # typing's can be generic from Python 3.11 on
 
 from .op_call import name_in_group, place_of
 
+Value = TypeVar("Value", Tensor, float)
 
-class LayerNorms(NamedTuple):
+
+class LayerNorms(NamedTuple, Generic[Value]):
     """The L2 norms of a parameter in a step; JSON has no tuples and makes a list of it."""
 
-    weight: Tensor | float
-    grad: Tensor | float
+    weight: Value
+    grad: Value
 
 
 class Record:
@@ -55,13 +58,13 @@ class Records(dict[tuple, Record]):
         self.update(records)
         return is_repeated
 
-    def trust_ratios(self, param_groups, by_name: bool, as_numbers: bool) -> dict:
+    def trust_ratios(self, param_groups, by_name: bool, as_numbers: bool) -> dict[Any, Any]:
         values: dict = {}
         for record in self.values():
             values.update(zip(record.params, _rows(record.trust_ratios, as_numbers)))
         return _named(values, param_groups) if by_name else values
 
-    def layer_norms(self, param_groups, by_name: bool, as_numbers: bool) -> dict:
+    def layer_norms(self, param_groups, by_name: bool, as_numbers: bool) -> dict[Any, Any]:
         values: dict = {}
         for record in self.values():
             columns = (_rows(column, as_numbers) for column in record.layer_norms.unbind(1))

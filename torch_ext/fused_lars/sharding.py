@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter, is_, is_not
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,7 @@ class _RankSet:
     parts: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # by parameter group
 
     def has_moved(self) -> bool:
-        param = next(iter(self.parts.values()))[0]
+        param: Any = next(iter(self.parts.values()))[0]
         return (param._local_tensor if self.is_dtensor else param).device != self.device
 
 
@@ -153,7 +154,7 @@ class Sharding:
                         f"param_groups[{group_index}] has differentiable=True and sharded parameters, "
                         "whose norms autograd cannot follow from rank to rank; allowed: fused, foreach"
                     )
-                lists = ([], [], [], [], [])
+                lists: tuple[list[Any], ...] = ([], [], [], [], [])
                 optimizer._init_group({**group, "params": params}, *lists)
                 local = lists
                 if rank_set.is_dtensor:
@@ -225,7 +226,8 @@ class _Gathered:
     """
 
     def __init__(self, rank_sets: list[_RankSet]) -> None:
-        self.calls, self.norms = OpCalls(), {}
+        self.calls = OpCalls()
+        self.norms: dict[torch.device, NormRows] = {}
         self.has_own_grads = True  # those of the parameters, none in their place
         self.is_renewed = False
         self._rank_sets = rank_sets
@@ -296,7 +298,7 @@ _get_local, _get_spec = attrgetter("_local_tensor"), attrgetter("_spec")
 _is_there = partial(is_not, None)
 
 
-def _placed_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
+def _placed_alike(grads: list, params: list[Tensor]) -> bool:
     """Whether gradients are DTensors and placed as their parameters are."""
     try:
         specs = [*map(_get_spec, grads)]
@@ -328,7 +330,8 @@ def _sorted_by_ranks(param_groups) -> list[_RankSet]:
     lines: defaultdict[tuple, list[str]] = defaultdict(list)
     for group_index, group in enumerate(param_groups):
         for index, p in enumerate(group["params"]):
-            device, is_dtensor, ranks = p.device, False, ()
+            device, is_dtensor = p.device, False
+            ranks: tuple[int, ...] = ()
             if isinstance(p, DTensor):
                 mesh = p.device_mesh
                 if mesh.get_coordinate() is None:
@@ -346,9 +349,9 @@ def _sorted_by_ranks(param_groups) -> list[_RankSet]:
                 reached[key] = groups, device, None if has_backend else torch.device(mesh.device_type)
                 name = f"{group['param_names'][index]!r}, " if "param_names" in group else ""
                 lines[key].append(f"{name}{p.dtype} {tuple(p.shape)} {p.placements}")
-    for key, arguments in reached.items():
+    for key, (groups, device, staging) in reached.items():
         sizes = [*map(len, rank_sets[key].parts.values())]
-        rank_sets[key].peers = Peers(key[1], *arguments, lines[key], sizes)
+        rank_sets[key].peers = Peers(key[1], groups, device, staging, lines[key], sizes)
     return [rank_sets[key] for key in sorted(rank_sets)]
 
 
@@ -360,7 +363,7 @@ def _replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor
     """
     placed_otherwise = []
     for p in params:
-        grad = p.grad
+        grad: Any = p.grad
         if grad is None:
             continue
         spec = p._spec
@@ -385,7 +388,7 @@ def _replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor
         else:
             result[p] = grad.redistribute(placements=p.placements)._local_tensor
     for (mesh, pairs, _), members in partial.items():
-        grads = [p.grad._local_tensor for p in members]
+        grads = [_get_local(p.grad) for p in members]
         # The local elements of all, as one tensor that is Partial where they are.
         placements = [got if got.is_partial() else Replicate() for got, _ in pairs]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
@@ -396,7 +399,7 @@ def _replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor
     return result
 
 
-def _ranks_and_groups(mesh, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[dist.ProcessGroup, ...]]:
+def _ranks_and_groups(mesh, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple]:
     """The ranks that differ from this one in `dims` of a mesh only, sorted, and process groups to sum over.
 
     No group is made: all ranks of the job would have to make it at once, and those of other stages of a

@@ -82,7 +82,7 @@ def _saved_ids(state_dict, param_groups):
 def _check_state(saved_id, key: str, value, param: Tensor) -> None:
     where = f"{key} of parameter {saved_id} in the state_dict"
     if key == "step" and isinstance(value, numbers.Real):
-        if not 0 <= value < math.inf:
+        if not 0 <= float(value) < math.inf:
             raise ValueError(f"{where} is {value!r}; allowed: finite and >= 0")
         return
     if not isinstance(value, Tensor):
