@@ -1,8 +1,9 @@
-// torch.classes.fused_lars.PreparedStep: the arguments of a step_ call, kept from one step to the next.
+// torch.classes.fused_lars.PreparedStep and PreparedNorms: the arguments of a step_ and of a squared_norms
+// call, kept from one step to the next.
 //
-// Between two steps of a training run only gradients and a few numbers change. To hand the op the other
-// tensors from Python again costs the host more than all of its checks. Python decides whether they are
-// still the same tensors; the op checks them in every step as it always does.
+// Between two steps of a training run only gradients and a few numbers change. To hand the ops the other
+// tensors from Python again costs the host more than all of their checks. Python decides whether they are
+// still the same tensors; the ops check them in every step as they always do.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
@@ -76,6 +77,27 @@ class PreparedStep final : public torch::CustomClassHolder {
   torch::jit::Stack before_grads_, after_grads_, hyperparameters_;
 };
 
+class PreparedNorms final : public torch::CustomClassHolder {
+ public:
+  PreparedNorms(Tensors params, c10::List<int64_t> group_sizes)
+      : params_(std::move(params)), group_sizes_(std::move(group_sizes)) {}
+
+  at::Tensor run_with(Tensors grads, c10::List<double> weight_decay, c10::List<bool> maximize,
+                      c10::List<bool> decayed_norm, const OptionalTensor& grad_scale,
+                      const at::Tensor& workspace) const {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::squared_norms", "groups");
+    torch::jit::Stack stack{params_};
+    torch::jit::push(stack, std::move(grads), group_sizes_, std::move(weight_decay), std::move(maximize),
+                     std::move(decayed_norm), grad_scale, workspace);
+    op.callBoxed(stack);
+    return stack.back().toTensor();
+  }
+
+ private:
+  c10::IValue params_, group_sizes_;
+};
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
@@ -84,6 +106,9 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
       .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
       .def("run", &PreparedStep::run)
       .def("run_with", &PreparedStep::run_with);
+  library.class_<PreparedNorms>("PreparedNorms")
+      .def(torch::init<Tensors, c10::List<int64_t>>())
+      .def("run_with", &PreparedNorms::run_with);
 }
 
 }  // namespace fused_lars

@@ -120,34 +120,6 @@ Workspace lay_out(void* base, const Order& order) {
   return workspace;
 }
 
-int64_t tile_bytes(const Kernel& kernel) {
-  return int64_t{kernel.norm_item_bytes} + kernel.momentum_buffer_bytes;
-}
-
-// As many blocks as the kernel is bound for, unless what they have in flight takes more than a fifth of the
-// L2; but two a multiprocessor, fewer do not keep the memory busy.
-int64_t resident_blocks(const Kernel& kernel, const LaunchOptions& options) {
-  const int64_t in_l2 = options.l2_bytes / 5 / (options.multiprocessors * tile_bytes(kernel));
-  return options.multiprocessors * std::clamp<int64_t>(in_l2, 2, kernel.blocks_per_multiprocessor);
-}
-
-// How far norms run ahead, and which tensors are updated backwards, by the L2 that there is beside what is in
-// flight.
-void set_window(Order& order, const Kernel& kernel, const LaunchOptions& options) {
-  const int64_t window = options.l2_bytes / 4 * 3;
-  // A larger tensor's first tiles have left L2 by the end of its norms, and its last ones are there. The
-  // norms that are given were taken just before, in order.
-  order.forward_tiles = options.given_squared_norms ? 0 : static_cast<uint32_t>(window / tile_bytes(kernel));
-
-  // Between the norms and the update of a tile lie at most its tensor and the distance. At a distance of most
-  // resident blocks few updates wait; what the tensor leaves of the window may not allow that.
-  const int64_t resident = resident_blocks(kernel, options);
-  const int64_t norm_items = window / 4 / kernel.norm_item_bytes;
-  order.window = static_cast<uint32_t>(norm_items);
-  order.min_distance = static_cast<uint32_t>(resident / 6);
-  order.max_distance = static_cast<uint32_t>(std::clamp(norm_items, resident / 6, resident / 4 * 3));
-}
-
 }  // namespace
 
 int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
@@ -162,7 +134,7 @@ int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& group
 cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
                    void* workspace, cudaStream_t stream) {
   const Kernel& kernel = *find_kernel(bucket.types);
-  const auto resident = static_cast<uint32_t>(resident_blocks(kernel, options));
+  const auto resident = static_cast<uint32_t>(resident_blocks(kernel.footprint, options.device));
   Parameters p;
   p.grad_scale = options.grad_scale;
   p.found_inf = options.found_inf;
@@ -175,7 +147,7 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   Packer packer(bucket, groups, tiling);
   for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
     packer.fill(p, begin);
-    set_window(p.order, kernel, options);
+    set_window(p.order, kernel.footprint, options.device, options.given_squared_norms != nullptr);
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
     const dim3 grid(std::min(ticket_count(p.order), resident));

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include "parameters.h"
+#include "plan.h"
 
 namespace fused_lars {
 
@@ -25,10 +26,8 @@ struct KernelTypes {
 struct Kernel {
   void (*function)(Parameters);
   uint32_t threads;
-  uint32_t blocks_per_multiprocessor;  // at most
-  uint32_t tile;                       // elements
-  uint32_t norm_item_bytes;            // weights and gradients of a tile
-  uint32_t momentum_buffer_bytes;      // of a tile
+  uint32_t tile;  // elements
+  Footprint footprint;
 };
 
 // Null where there is none: the types that checks.h lets the step have all have one.
@@ -60,8 +59,7 @@ struct LaunchOptions {
   double* trust_ratios = nullptr;
   double* layer_norms = nullptr;
   double* squared_norms = nullptr;
-  int multiprocessors = 1;
-  int64_t l2_bytes = 0;
+  DeviceSize device = {1, 0};
 };
 
 // The workspace that launching the bucket takes: int32 words, all zero, which it leaves zero.

@@ -12,10 +12,14 @@ const Kernel* kernel() {
   static const Kernel kernel = {
       .function = step_kernel<Types>,
       .threads = kThreads,
-      .blocks_per_multiprocessor = kBlocksPerMultiprocessor,
       .tile = Types::kTile,
-      .norm_item_bytes = Types::kTile * (sizeof(typename Types::Weight) + sizeof(typename Types::Grad)),
-      .momentum_buffer_bytes = Types::kTile * sizeof(typename Types::MomentumBuffer),
+      .footprint =
+          {
+              .blocks_per_multiprocessor = kBlocksPerMultiprocessor,
+              .norm_item_bytes =
+                  Types::kTile * (sizeof(typename Types::Weight) + sizeof(typename Types::Grad)),
+              .momentum_buffer_bytes = Types::kTile * sizeof(typename Types::MomentumBuffer),
+          },
   };
   return &kernel;
 }

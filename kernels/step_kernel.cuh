@@ -1,15 +1,18 @@
 #pragma once
 
-// The kernel: blocks that stay and work off items in the order of order.h.
+// The kernel: persistent blocks that work off items in the order of order.h.
 //
-// A norm item leaves its sums in the workspace and counts its tensor up. The block that completes the count
-// adds the tensor's sums in tile order and publishes the trust ratio, for which the tensor's update items
-// wait. A tensor of one tile has one item that does both from registers.
+// A norm item sums the squares of one tile, writes the sums to the workspace and counts itself as done. The
+// block that does the last norm item of a tensor adds the tensor's sums in the order of its tiles and
+// publishes the trust ratio. The tensor's update items wait for that ratio. A tensor of one tile has no norm
+// item: its update item takes the norms from registers.
 //
-// Each block draws its next ticket and looks up the item while the present one's loads are under way. What
-// threads hand to each other through shared memory is kept twice, in turns, since a turn may pass no more
-// than one barrier: a thread that writes for turn t has passed the barrier of turn t - 1, and no thread
-// passes that one before it is done with turn t - 2.
+// A block does one item a turn. While the loads of an item are under way, one thread draws the next ticket
+// and looks up what it stands for.
+//
+// Shared memory is double-buffered: even and odd turns have a copy each. A turn may have a single barrier,
+// and with two copies that is enough. A thread that writes for turn t has passed the barrier of turn t - 1.
+// No thread passes that barrier before it has read all that it needs of turn t - 2.
 
 #include <cub/warp/warp_reduce.cuh>
 #include <cuda/atomic>
@@ -21,14 +24,14 @@
 namespace fused_lars {
 
 constexpr int kBlocksPerMultiprocessor = 4;
-// Draws tickets. Thread 0 waits for trust ratios meanwhile, so it is in another warp.
+// The thread that draws tickets. It is not in warp 0, because thread 0 may be waiting for a trust ratio.
 constexpr uint32_t kTicketThread = 32;
 
 template <typename T>
 using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
 
-// A trust ratio as blocks hand it to each other. Ratios are not negative, so the sign bit is free to say
-// that there is one: all bits zero means not yet.
+// A trust ratio in the workspace. A ratio is never negative, so its sign bit can mark it as published. All
+// bits are zero until then.
 __device__ __forceinline__ uint64_t encode_ratio(double q) { return __double_as_longlong(q) | 1ull << 63; }
 __device__ __forceinline__ double decode_ratio(uint64_t bits) {
   return __longlong_as_double(bits & ~(1ull << 63));
@@ -40,7 +43,7 @@ struct Work {
   Tile<Types> tile;
   WorkItem item;
   uint32_t tiles;  // of the tensor
-  // Words, since a vector load of four bools would read what nobody wrote.
+  // Words, not bools: the compiler may load four bools as one vector, of which some were never written.
   uint32_t has_decayed_norm;
   uint32_t waits;    // for norms that other items take
   bool takes_norms;  // as every norm item does
@@ -57,8 +60,8 @@ __device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
   return DeviceAtomic<uint32_t>(*p.workspace.tickets).fetch_add(1, cuda::memory_order_relaxed);
 }
 
-// Writes into shared memory at once: a Work by value, partly undefined where there is none, would hold
-// registers from one turn to the next.
+// Writes straight into shared memory. A Work that is returned by value would occupy registers across turns,
+// because parts of it stay undefined when there is no item.
 template <typename Types>
 __device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, const WorkItem& previous,
                                         Work<Types>& work) {
@@ -129,7 +132,7 @@ __device__ __forceinline__ void record_norms(const Parameters& p, uint32_t tenso
   record[1] = unscaled_grad_norm(p.group(row.group).hyperparameters, norms.grad, grad_scale(p));
 }
 
-// The trust ratio for an item of a tensor that does not take its norms in this launch.
+// The trust ratio of a tensor whose norms are given, or that has no need of norms.
 __device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, const WorkItem& item) {
   Sums<double> given = {0.0, 0.0};
   if (p.given_squared_norms != nullptr) {
@@ -267,10 +270,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       agent.template load<false>(work.tile);
     }
-    // Two warps at once: one draws the next ticket, the other sees to this item's coefficients.
+    // Two warps at once: one draws the next ticket, the other finds this item's coefficients.
     if (threadIdx.x == kTicketThread) {
-      // A block that waits must not hold a norm item that others wait for.
-      if (work.waits) published_trust_ratio(p, work.item.tensor);
       look_up(p, draw_ticket(p), work.item, shared_work[turn ^ 1]);
     }
     if (threadIdx.x == 0 && !work.takes_norms) {
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           work.waits ? published_trust_ratio(p, work.item.tensor) : trust_ratio_without_norms(p, work.item);
       shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
     }
-    __syncwarp();  // the sums' shuffles would otherwise take the slow way of a warp that has diverged
+    __syncwarp();  // shuffles in a diverged warp are slow
     if (work.takes_norms) {
       // Copied before the barriers: after them another warp may write there.
       NormOf<Compute> norm_of = {work.has_decayed_norm != 0, {}};

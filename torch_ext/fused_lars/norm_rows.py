@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class NormRows:
         self._begin = 0
         self._spans: list[tuple[int, int, Peers]] = []
         self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
+        # The rows' weights, kept in C++ for norms that are taken again.
+        self._prepared: Any = None
 
     def add(
         self, call: OpCall, group_index: int, params: list[Tensor], local, is_shared: bool, state
@@ -79,21 +82,29 @@ class NormRows:
         """The last row. The sum of the ranks' found_inf squared is not 0 where one of them is not."""
         return self._weights[0].new_empty(0) if self._found_inf is None else self._found_inf
 
-    def forget_grads(self) -> None:
-        """Between two steps a gradient's memory is its owner's."""
+    def keep(self) -> None:
+        """Keeps the rows but no gradients, for the next step."""
+        # Between two steps a gradient's memory is its owner's.
         self._grads.clear()
+        if self._prepared is None and self._found_inf is None and self._spans:
+            self._prepared = torch.classes.fused_lars.PreparedNorms(self._weights, self._group_sizes)
 
-    def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def renew(
+        self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> None:
         """The same rows for another step: the gradients of each set of ranks in turn."""
-        self._found_inf, self._grad_scale = found_inf, grad_scale
         ends = {begin: end for begin, end, _ in self._spans}
+        # The last rows are found_inf, where there is one, and that is another tensor in every step.
+        if found_inf is not None or self._found_inf is not None:
+            self._found_inf, self._prepared = found_inf, None
+            for end in ends.values():
+                self._weights[end - 1] = self._last()
+        self._grad_scale = grad_scale
         for of_set in grads:
             begin = len(self._grads)
             self._grads += of_set
             if begin in ends:
-                last = self._last()
-                self._weights[ends[begin] - 1] = last
-                self._grads.append(last)
+                self._grads.append(self._weights[ends[begin] - 1])
 
     def take(self, workspace: Workspace, param_groups) -> None:
         """Takes the norms, by the options that the groups have now."""
@@ -103,16 +114,21 @@ class NormRows:
         options.update({index: _norm_options(group) for index, group in enumerate(param_groups)})
         columns = zip(*map(options.__getitem__, self._group_indices))
         weight_decay, maximize, decayed_norm = map(list, columns)
-        self._norms = torch.ops.fused_lars.squared_norms.groups(
-            self._weights,
-            self._grads,
-            self._group_sizes,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            decayed_norm=decayed_norm,
-            grad_scale=self._grad_scale,
-            workspace=workspace.tensor,
-        )
+        if self._prepared is not None:
+            self._norms = self._prepared.run_with(
+                self._grads, weight_decay, maximize, decayed_norm, self._grad_scale, workspace.tensor
+            )
+        else:
+            self._norms = torch.ops.fused_lars.squared_norms.groups(
+                self._weights,
+                self._grads,
+                self._group_sizes,
+                weight_decay=weight_decay,
+                maximize=maximize,
+                decayed_norm=decayed_norm,
+                grad_scale=self._grad_scale,
+                workspace=workspace.tensor,
+            )
         workspace.after_use()
         if self._without_grad:
             rows = torch.tensor([*self._without_grad], device="cpu")

@@ -22,7 +22,7 @@ class Record:
     """What a call writes the trust ratios and norms of its parameters to, as long as they stay the same."""
 
     def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
-        self.params = list(params)
+        self.params = params
         self.param_ids = param_ids
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
@@ -39,10 +39,13 @@ class Records(dict[tuple, Record]):
 
     def of_call(self, key, params: list[Tensor]) -> Record:
         """What a call is to write: that of the last step, or a new one where the parameters are others."""
-        device, ids = key[0], [*map(id, params)]
-        record = self.get(key)
-        if record is None or record.param_ids != ids:
-            record = Record(device, params, ids)
+        device, record = key[0], self.get(key)
+        # A call that is made again has the very list that it had.
+        if record is None or record.params is not params:
+            ids = [*map(id, params)]
+            if record is None or record.param_ids != ids:
+                record = Record(device, params, ids)
+            record.params = params
         if device.type == "cuda" and not record.is_captured and torch.cuda.is_current_stream_capturing():
             record.is_captured = True
             self._captured.append(record)

@@ -239,18 +239,18 @@ class _Gathered:
         for call in self.calls.values():
             call.keep()
         for norms in self.norms.values():
-            norms.forget_grads()
+            norms.keep()
         return True
 
     def _look_at(self, optimizer) -> bool:
         """What must be the same in the next step. Returns False if gradients are missing or replaced."""
         self._parts = [
-            (rank_set, index, params, [*map(_get_local, params)] if rank_set.is_dtensor else params)
+            _Part(rank_set, index, params)
             for rank_set in self._rank_sets
             for index, params in rank_set.parts.items()
         ]
         called = sum(len(call.params) for call in self.calls.values())
-        if not self.has_own_grads or called != sum(len(params) for _, _, params, _ in self._parts):
+        if not self.has_own_grads or called != sum(len(part.params) for part in self._parts):
             return False  # some have no gradient
         self._needs = [*map(needs, map(get_options, optimizer.param_groups))]
         try:
@@ -267,23 +267,19 @@ class _Gathered:
         ):
             return False
         grads = []
-        for rank_set, _, params, local_params in self._parts:
-            own = [p.grad for p in params]
-            if not all(map(_is_there, own)):
+        for part in self._parts:
+            own = [p.grad for p in part.params]
+            local = part.local_grads(own)
+            if local is None:
                 return False
-            if not rank_set.is_dtensor:
-                grads.append((own, own))
-            elif all(map(is_, map(_get_local, params), local_params)) and _placed_alike(own, params):
-                grads.append((own, [*map(_get_local, own)]))
-            else:
-                return False
+            grads.append((own, local))
         rows: defaultdict[int, list[Tensor]] = defaultdict(list)  # of each set of ranks
-        for (rank_set, index, *_), (own, local) in zip(self._parts, grads):
-            device = rank_set.device
-            call = self.calls[(device, *way_to_compute(groups[index], index, device))]
+        for part, (own, local) in zip(self._parts, grads):
+            device = part.rank_set.device
+            call = self.calls[(device, *way_to_compute(groups[part.index], part.index, device))]
             call.grads.extend(own)
             call.local[1].extend(local)
-            rows[id(rank_set)] += local
+            rows[id(part.rank_set)] += local
         for device, norms in self.norms.items():
             of_sets = [rows[id(rank_set)] for rank_set in self._rank_sets if rank_set.device == device]
             grad_scale = on_device(getattr(optimizer, "grad_scale", None), device)
@@ -294,20 +290,36 @@ class _Gathered:
         return True
 
 
+class _Part:
+    """The parameters of a group that one set of ranks shares, as they were when they were gathered."""
+
+    def __init__(self, rank_set: _RankSet, index: int, params: list[Tensor]) -> None:
+        self.rank_set, self.index, self.params = rank_set, index, params  # index: in param_groups
+        if rank_set.is_dtensor:
+            self._local, self._specs = [*map(_get_local, params)], [*map(_get_spec, params)]
+
+    def local_grads(self, grads: list[Tensor | None]) -> list[Tensor] | None:
+        """What this rank holds of the gradients.
+
+        None where a gradient is missing or is not placed as its parameter is, or where a parameter holds
+        another tensor than before.
+        """
+        if not self.rank_set.is_dtensor:
+            return grads if all(map(_is_there, grads)) else None
+        if not all(map(is_, map(_get_local, self.params), self._local)):
+            return None
+        try:
+            specs = [*map(_get_spec, grads)]
+        except AttributeError:  # None, or no DTensor
+            return None
+        # fully_shard gives gradients the very spec of the parameter.
+        if not all(map(is_, specs, self._specs)) and not all(map(_is_placed_as, specs, self._specs)):
+            return None
+        return [*map(_get_local, grads)]
+
+
 _get_local, _get_spec = attrgetter("_local_tensor"), attrgetter("_spec")
 _is_there = partial(is_not, None)
-
-
-def _placed_alike(grads: list, params: list[Tensor]) -> bool:
-    """Whether gradients are DTensors and placed as their parameters are."""
-    try:
-        specs = [*map(_get_spec, grads)]
-    except AttributeError:
-        return False
-    # fully_shard gives gradients the very spec of the parameter.
-    return all(map(is_, specs, map(_get_spec, params))) or all(
-        map(_is_placed_as, specs, map(_get_spec, params))
-    )
 
 
 def _is_placed_as(got, spec) -> bool:
