@@ -33,11 +33,13 @@ inline int64_t resident_blocks(const Footprint& kernel, const DeviceSize& device
 
 // Sets how far norms run ahead, and which tensors are updated from their end.
 //
-// It counts on two thirds of the L2. A100 and H100 keep data that all multiprocessors read in both halves of
-// their L2, at least for a time, and give the full rate for some 70 % of its size only.
+// The plan counts on half of the L2. A100 and H100 have an L2 of two parts, which may both keep what all
+// multiprocessors read: full rates were published for some 70 % of its size. Of plans for all of it, for two
+// thirds and for half, the last has the least worst case where 100, 80, 67 or 50 % turn out to hold data
+// (docs/performance.md).
 inline void set_window(Order& order, const Footprint& kernel, const DeviceSize& device,
                        bool norms_are_given) {
-  const int64_t usable = device.l2_bytes / 3 * 2;
+  const int64_t usable = device.l2_bytes / 2;
   // The first tiles of a larger tensor have left L2 when its norms end. Its last tiles are still there. Norms
   // that are given were taken just before this launch, from the first tile to the last.
   order.forward_tiles = norms_are_given ? 0 : static_cast<uint32_t>(usable / kernel.tile_bytes());

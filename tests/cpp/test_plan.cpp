@@ -32,7 +32,7 @@ TEST(Plan, TwoBlocksAMultiprocessorWhereTheL2IsSmall) {
 }
 
 TEST(Plan, NormsRunAheadByOneAndAHalfTurnsWhereTheL2AllowsIt) {
-  const Order order = window_of(kFp32, {132, 100 * kMiB});
+  const Order order = window_of(kFp32, {132, 120 * kMiB});
   EXPECT_EQ(order.max_distance, 132u * 4 * 3 / 2);
   EXPECT_EQ(order.min_distance, 132u * 4 / 2);
   EXPECT_GE(order.window, order.max_distance);
@@ -41,7 +41,7 @@ TEST(Plan, NormsRunAheadByOneAndAHalfTurnsWhereTheL2AllowsIt) {
 TEST(Plan, WhatNormsHaveReadStaysWithinItsShareOfTheL2) {
   for (const auto& device : {kH100, kA100}) {
     const Order order = window_of(kFp32, device);
-    EXPECT_LE(order.window * kFp32.norm_item_bytes, device.l2_bytes * 4 / 15);  // two fifths of two thirds
+    EXPECT_LE(order.window * kFp32.norm_item_bytes, device.l2_bytes / 5);  // two fifths of half
     EXPECT_LE(order.max_distance, order.window);
     EXPECT_LE(order.min_distance, order.max_distance);
   }
@@ -50,11 +50,11 @@ TEST(Plan, WhatNormsHaveReadStaysWithinItsShareOfTheL2) {
 TEST(Plan, ASmallL2LeavesTheLeastDistance) {
   const Order order = window_of(kFp32, kT4);
   EXPECT_EQ(order.min_distance, 40u);
-  EXPECT_EQ(order.max_distance, 68u);  // the window: 4 MiB * 4 / 15 / 16 KiB
+  EXPECT_EQ(order.max_distance, 51u);  // the window: 4 MiB / 5 / 16 KiB
 }
 
 TEST(Plan, TensorsThatFitInTheL2AreUpdatedFromTheirBeginning) {
-  EXPECT_EQ(window_of(kFp32, kH100).forward_tiles, 50 * kMiB / 3 * 2 / 24576);
+  EXPECT_EQ(window_of(kFp32, kH100).forward_tiles, 25 * kMiB / 24576);
   EXPECT_GT(window_of(kBf16, kH100).forward_tiles, window_of(kFp32, kH100).forward_tiles);
 }
 
