@@ -89,9 +89,7 @@ class NormRows:
         if self._prepared is None and self._found_inf is None and self._spans:
             self._prepared = torch.classes.fused_lars.PreparedNorms(self._weights, self._group_sizes)
 
-    def renew(
-        self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
+    def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same rows for another step: the gradients of each set of ranks in turn."""
         ends = {begin: end for begin, end, _ in self._spans}
         # The last rows are found_inf, where there is one, and that is another tensor in every step.
