@@ -39,8 +39,11 @@ WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
 TYPES = ("fp32", "bf16", "masters")
 OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
 # Those of the step itself first, since the rest may be cut short.
-TESTS = sorted(ROOT.glob("tests/test_*.py"), key=lambda path: (path.name != "test_cuda.py", path))
-DIGEST = [sys.executable, "tests/digest.py", "cuda", "1"]
+TESTS = sorted(
+    ROOT.glob("tests/**/test_*.py"),
+    key=lambda path: (path.name != "test_cuda.py", path.parent.name != "ops", path),
+)
+DIGEST = [sys.executable, "tests/support/digest.py", "cuda", "1"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND_ERRORS = 9  # a sanitizer's exit status then
 ABSENT = re.compile(r"No module named '?([\w.]+)")

@@ -6,14 +6,6 @@ from hypothesis import settings
 settings.register_profile("fused_lars", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("fused_lars")
 
-
-def has_kernels(device: str) -> bool:
-    """Whether the build has fused kernels for a device that is there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", device.upper())
-
-
 DEVICES = [
     "cpu",
     pytest.param(

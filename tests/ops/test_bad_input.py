@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_versions
-from conftest import has_kernels
+from devices import has_kernels
 from fused_lars import LARS
 from layouts import Layout, Layouts
 from reference import Rule

@@ -1,11 +1,11 @@
-"""show_config() and the package's names."""
+"""The package's public names, and what show_config() says."""
 
 import re
-from pathlib import Path
 
 import torch
 
 import fused_lars
+from paths import ROOT
 
 
 def test_versions():
@@ -40,6 +40,6 @@ def test_names():
 
 
 def test_the_api_page_has_every_name():
-    page = Path(__file__).parents[1] / "docs" / "api" / "index.rst"
+    page = ROOT / "docs" / "api" / "index.rst"
     listed = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", page.read_text(), re.MULTILINE)
     assert sorted([*listed, "__version__"]) == sorted(fused_lars.__all__)

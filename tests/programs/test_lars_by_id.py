@@ -1,15 +1,13 @@
-"""fused_lars.Lars, the TorchScript class, from eager Python; tests/cpp/test_lars.cpp has its C++ side."""
+"""fused_lars.Lars, keyed by parameter id, from eager Python; tests/cpp/test_lars.cpp has its C++ side."""
 
 import copy
 import copyreg
 import inspect
 import io
-import os
 import pickle
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_lars
 import reference
 from fused_lars import Lars
+from paths import ROOT
+from python_program import environment
 
 RULE = reference.Rule(lr=0.5, momentum=0.9, weight_decay=0.01, trust_coefficient=0.02)
 
@@ -309,7 +309,7 @@ def test_other_objects_of_torchscript_are_pickled_as_before():
 
 def test_damaged_copies_are_refused_without_a_crash():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "fuzz_lars.py"), "250"],
+        [sys.executable, "-W", "ignore", ROOT / "tests" / "support" / "fuzz_lars.py", "250"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -320,12 +320,6 @@ def test_damaged_copies_are_refused_without_a_crash():
         refused = int(line.partition("'refused': ")[2].split(",")[0].rstrip("}"))
         assert refused > 125, line
     assert len(done.stdout.splitlines()) == 4
-
-
-def environment() -> dict[str, str]:
-    """The tests' own, with the package that they test."""
-    package = str(Path(fused_lars.__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
 
 
 def test_a_stored_object_of_another_version_is_refused():

@@ -10,10 +10,10 @@ import sys
 
 import torch
 
+from cases import DTYPES, OPTIONS
 from layouts import LAYOUTS, Layout, Layouts
 from reference import Rule
 from stepping import bits, call_op, make_leaf
-from test_rule import DTYPES, OPTIONS
 
 # Large enough for several batches of several threads' tiles, and no multiple of anything.
 LARGE = Layouts(Layout((700_001,)))

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import distributed_nets as nets
-from conftest import has_kernels
+from devices import has_kernels
 from distributed_harness import on_ranks
 from fused_lars import LARS
 from fused_lars.masters import take_over

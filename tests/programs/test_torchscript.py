@@ -10,8 +10,8 @@ from torch import Tensor
 
 import cpp_program
 import fused_lars
+from python_program import environment
 from scripted_trainer import Trainer, batches
-from test_lars_class import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 

@@ -1,43 +1,13 @@
 """What a step on DTensors sends and runs: one small all-reduce for each set of ranks, and nothing else."""
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distributed_nets as nets
 from distributed_harness import on_ranks
 from distributed_nets import batches, loss_of, make_net, make_optimizer, train
-
-
-class Record(TorchDispatchMode):
-    """Counts operators by name, those that are given a DTensor, and the elements of every all-reduce."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops, self.reduced, self.on_dtensors = Counter(), [], Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.name().split(".")[0]
-        self.ops[name] += 1
-        if name == "c10d::allreduce_":
-            self.reduced.append(args[0][0].numel())
-        if any(issubclass(t, DTensor) for t in types):
-            self.on_dtensors[name] += 1
-        return op(*args, **(kwargs or {}))
-
-    def collectives(self) -> dict[str, int]:
-        local = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
-        return {name: n for name, n in self.ops.items() if "c10d" in name and name not in local}
-
-
-def record_step(optimizer) -> Record:
-    with Record() as record:
-        optimizer.step()
-    return record
+from step_record import record_step
 
 
 def with_gradients(layout, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import has_kernels
+from devices import has_kernels
 from fused_lars import LARS
 
 torch_tests = pytest.importorskip(

@@ -1,26 +1,23 @@
 """The same inputs give the same bits: again, on any number of threads, with any instruction set."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fused_lars import LARS
 from layouts import Layout, Layouts
+from paths import ROOT
+from python_program import environment
 from reference import Rule
 from stepping import Dtypes, call_op, make_leaf, same_bits
 
-HERE = Path(__file__).parent
-
 
 def digests(capability: str, threads: list[int]) -> list[str]:
-    path = os.pathsep.join([str(HERE), *sys.path])
-    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability, PYTHONPATH=path)
-    command = [sys.executable, str(HERE / "digest.py"), "cpu", *map(str, threads)]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    command = [sys.executable, ROOT / "tests" / "support" / "digest.py", "cpu", *map(str, threads)]
+    variables = {**environment(), "ATEN_CPU_CAPABILITY": capability}
+    return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout.split()
 
 
 @pytest.fixture(scope="module")

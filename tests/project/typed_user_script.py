@@ -1,6 +1,6 @@
 """What the documentation shows, as a user's program with types: make lint checks it with mypy and pyright.
 
-Nothing here may be Any for a type checker, and the program runs: tests/test_typing.py.
+Nothing here may be Any for a type checker, and the program runs: test_typing.py.
 """
 
 import tempfile

@@ -4,7 +4,9 @@ import os
 import subprocess
 from pathlib import Path
 
-BUILD = Path(os.environ.get("FUSED_LARS_BUILD", Path(__file__).parent.parent / "build"))
+from paths import ROOT
+
+BUILD = Path(os.environ.get("FUSED_LARS_BUILD", ROOT / "build"))
 
 
 def path(name: str) -> Path:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from paths import ROOT
 
 
 def test_old_setuptools():

@@ -1,10 +1,7 @@
-"""Around the step: accumulation, clipping, ZeRO, steps in backward, schedulers, precision."""
-
-import copy
+"""Training loops: accumulation, clipping, ZeRO, steps in backward, schedulers, options, precision."""
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from torch.distributed.tensor import DTensor
@@ -205,43 +202,6 @@ def test_version_counters():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@on_ranks(2, 4)
-@pytest.mark.parametrize("foreach", [False, True])
-def test_state_dict_on_meta(foreach):
-    """Of a model that gets its values later, as a checkpoint of it is loaded."""
-    model, data = nets.sharded(make_net())
-    optimizer = make_optimizer(model, foreach=foreach)
-    train(model, optimizer, data, steps=2)
-    saved = copy.deepcopy(get_state_dict(model, optimizer))
-    with torch.device("meta"):
-        resumed = nets.Net()
-    fully_shard(resumed)
-    other = make_optimizer(resumed, foreach=foreach)
-    on_meta = get_optimizer_state_dict(resumed, other)
-    assert on_meta["state"].keys() == saved[1]["state"].keys()
-    assert all(state["momentum_buffer"].device.type == "meta" for state in on_meta["state"].values())
-    resumed.to_empty(device="cpu")
-    set_state_dict(resumed, other, model_state_dict=saved[0], optim_state_dict=saved[1])
-    train(model, optimizer, data, steps=2, first=2)
-    train(resumed, other, data, steps=2, first=2)
-    assert all(map(torch.equal, *([full(p.detach()) for p in m.parameters()] for m in (model, resumed))))
-
-
-@on_ranks(2)
-def test_pickled_state():
-    """What __getstate__ keeps, as copy and pickle have it, is enough to go on with."""
-    states = []
-    for pickled in (False, True):
-        model, data = nets.sharded(make_net())
-        optimizer = make_optimizer(model)
-        train(model, optimizer, data, steps=1)
-        if pickled:
-            optimizer = copy.copy(optimizer)
-        train(model, optimizer, data, steps=1, first=1)
-        states.append([full(p.detach()) for p in model.parameters()])
-    assert all(map(torch.equal, *states))
 
 
 @on_ranks(2)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import DTYPES
 from layouts import Layout, Layouts
 from reference import Rule
 from stepping import IMPLEMENTATIONS, Dtypes, check_step, make_leaf
-from test_rule import DTYPES
 
 
 @st.composite

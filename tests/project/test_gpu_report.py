@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from test_examples import ROOT, run
+from paths import ROOT
+from python_program import run
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_report_of_a_gpu_cuda(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not on this machine')")
     (tmp_path / "timm.py").write_text("raise ImportError('not on this machine')")
     options = ["--quick", "--workloads", "161 tensors of one element", "--types", "bf16", "masters"]
-    options += ["--tests", "tests/test_cuda.py::test_a_step_captured_without_a_step_before_cuda"]
+    options += ["--tests", "tests/ops/test_cuda.py::test_a_step_captured_without_a_step_before_cuda"]
     options += ["--digest", 64 * "0", "--output", tmp_path / "out"]
     run("benchmarks/gpu_report.py", *options, path=[tmp_path], status=1)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

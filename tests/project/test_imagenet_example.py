@@ -15,8 +15,9 @@ from PIL import Image
 
 from distributed_harness import run_on_ranks
 from distributed_nets import full
+from paths import ROOT
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "imagenet.py"
+SCRIPT = ROOT / "examples" / "imagenet.py"
 STEPS = 16  # 8 epochs of 2
 ARGUMENTS = [
     "--model=resnet18", "--image-size=32", "--batch-size=31", "--micro-batch=8", "--epochs=8",

@@ -13,23 +13,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = pathlib.Path(__import__("fused_lars").__file__).parent.parent
-
-
-def run(*arguments, path=(), status=0):
-    """Runs python with these arguments and the package, to end with a status; returns what it prints."""
-    path = os.pathsep.join(map(str, [*path, PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout
+from paths import ROOT
+from python_program import environment, run
 
 
 def has_colour(image, colour, pixels=200, tolerance=0.01):
@@ -161,7 +146,7 @@ def test_self_supervised_under_torchrun_gives_the_same_table(self_supervised, tm
 def test_bad_options_are_found_before_the_work(script, arguments, message):
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -209,9 +194,8 @@ def test_a_program_without_python_trains_what_python_saved(tmp_path):
     done = subprocess.run(
         ["make", "-C", str(folder)],
         env={
-            **os.environ,
+            **environment(),
             "PATH": os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
         text=True,

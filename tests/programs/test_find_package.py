@@ -13,8 +13,9 @@ import torch
 
 import cpp_program
 import fused_lars
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
+CONSUMER = ROOT / "tests" / "programs" / "consumer"
 # Packages that the CMake package of a CUDA build of torch asks for, and without a toolkit does not find.
 NOT_NEEDED = ("Torch", "Caffe2", "CUDA", "CUDAToolkit", "Python3")
 
@@ -64,7 +65,7 @@ def wheel(tmp_path) -> list[Path]:
 @pytest.mark.parametrize("installed", ["cmake_install", "wheel"])
 def test_a_project_outside_of_the_tree(installed, request, tmp_path):
     prefixes = request.getfixturevalue(installed)
-    source = shutil.copytree(ROOT / "tests" / "consumer", tmp_path / "consumer")
+    source = shutil.copytree(CONSUMER, tmp_path / "consumer")
     build = tmp_path / "build"
     # Only what any machine with a compiler has; the Python there knows no torch.
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "", "CUDA_HOME": "", "CUDACXX": ""}
@@ -85,7 +86,7 @@ def test_a_project_outside_of_the_tree(installed, request, tmp_path):
 def test_a_project_that_adds_the_sources(tmp_path):
     """It is configured and not built, which would build all of the library again."""
     run(
-        *(tool("cmake"), "-S", ROOT / "tests" / "consumer", "-B", tmp_path, f"-DFUSED_LARS_SOURCE={ROOT}"),
+        *(tool("cmake"), "-S", CONSUMER, "-B", tmp_path, f"-DFUSED_LARS_SOURCE={ROOT}"),
         *("-DFUSED_LARS_CUDA=0", f"-DPython3_EXECUTABLE={sys.executable}"),
     )
     # What is the project's to say is left to it.

@@ -1,0 +1,8 @@
+"""Where the checkout is, and the package that the tests import, which may be an installed one."""
+
+from pathlib import Path
+
+import fused_lars
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(fused_lars.__file__).parents[1]  # a folder for PYTHONPATH
