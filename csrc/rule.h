@@ -13,8 +13,8 @@
 //   torch momentum:    v = momentum * v + (1 - dampening) * u  w -= lr * (nesterov ? u + momentum * v : v)
 //
 // You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks", equations 6 and 7 and
-// algorithm 1. Translation units that include this header are compiled without contraction of a * b + c
-// to one rounding, so every backend and vector width gives the same bits from the same norms.
+// algorithm 1. All files that include this header are compiled without contraction, which would round
+// a * b + c once instead of twice. So every backend and vector width gives the same bits from the same norms.
 
 #include <cmath>
 
@@ -94,12 +94,12 @@ FUSED_LARS_INLINE double trust_ratio(const Hyperparameters& h, double lr, double
   return q;
 }
 
-// The rule for one parameter reduced to factors. Both momentum conventions and the absence of momentum
-// are one formula, so that an element costs one branch at most:
+// The factors that the rule comes down to for one parameter. One formula serves both momentum conventions,
+// and no momentum, so an element costs one branch at most:
 //   u = trust_ratio * decayed_gradient(g, w)
 //   v = momentum * v + buffer_gain * u
 //   w -= step_size * (nesterov ? momentum * v + nesterov_gain * u : v)
-// Multiplying by a factor of exactly 1 or 0 leaves the bits that the convention's own formula gives.
+// Multiplying by exactly 1 or 0 is exact, so the bits are those of the convention's own formula.
 template <typename T>
 struct Coefficients {
   DecayedGradient<T> decayed_gradient;
@@ -154,7 +154,8 @@ FUSED_LARS_INLINE Coefficients<T> coefficients(const Hyperparameters& h, double 
   return coefficients(h, lr, split_ratio<T>(q), grad_scale, undamped, NumberTo<T>());
 }
 
-// One element, or one vector of elements. Without momentum the caller passes a buffer of 0 and drops it.
+// Updates one element, a vector of elements or, in the reference, a tensor. Without momentum the caller
+// passes a buffer of 0 and drops it afterwards.
 template <typename T, typename V>
 FUSED_LARS_INLINE void update(const Coefficients<T>& c, V grad, V& weight, V& momentum_buffer) {
   const V u = c.trust_ratio * c.decayed_gradient(grad, weight);
