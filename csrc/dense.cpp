@@ -61,13 +61,4 @@ at::Tensor run_dense(NormKernel kernel, NormCall& call) {
   return kernel(call);
 }
 
-void fold_host_lr(Step& step) {
-  for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
-    auto& lr = step.lr_tensors[group];
-    if (!lr.device().is_cpu()) continue;
-    step.groups[group].lr = lr.item<double>();
-    lr = at::Tensor();
-  }
-}
-
 }  // namespace fused_lars

@@ -11,7 +11,4 @@ namespace fused_lars {
 void run_dense(void (*backend)(const Step&), Step& step);
 at::Tensor run_dense(NormKernel kernel, NormCall& call);
 
-// Moves the lr tensors that live on the host into their groups; step.lr_tensors keeps those on a device.
-void fold_host_lr(Step& step);
-
 }  // namespace fused_lars

@@ -8,6 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "element.h"
 #include "fused_lars/hyperparameters.h"
 
 namespace fused_lars {
@@ -48,8 +49,14 @@ inline bool needs_master(const Hyperparameters& group, at::ScalarType param) {
   return group.master_weights && is_half(param);
 }
 
-// The dtype of norms and trust ratios: fp64, but fp32 on devices that have no fp64.
+// The dtype of norms and trust ratios: fp64, or fp32 on a device without fp64.
 at::ScalarType norm_dtype(at::Device device);
+
+// The element type of a checked tensor.
+Element element(const at::Tensor& tensor);
+
+// Moves each lr tensor on the host into its group as a number. Those on a device stay in step.lr_tensors.
+void fold_host_lr(Step& step);
 
 // The backends. Each one applies the rule to every tensor of a checked step.
 void step_reference(const Step& step);

@@ -5,11 +5,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/workspaces.h"
 
 namespace fused_lars {
 
@@ -23,11 +23,6 @@ struct ParamState {
   at::Tensor momentum_buffer, master_param, step;
   ParamMark mark;  // after the last step; not stored
 };
-
-// Scratch that the CUDA step leaves clean for the next one. The op gives it larger memory where it is too
-// small; a captured graph, or a step on another stream, may still use what it had, so that is kept too. The
-// last one is the one in use.
-using Workspaces = std::unordered_map<at::Device, std::vector<at::Tensor>>;
 
 // Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make. A
 // master takes over what was written into its parameter since the mark.

@@ -17,19 +17,6 @@
 namespace fused_lars {
 namespace {
 
-Element element(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Element::f64;
-    case at::kHalf:
-      return Element::f16;
-    case at::kBFloat16:
-      return Element::bf16;
-    default:
-      return Element::f32;
-  }
-}
-
 template <typename T>
 T* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? static_cast<T*>(tensor.data_ptr()) : nullptr;

@@ -312,31 +312,31 @@ FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T
 }
 
 template <typename T>
-void update_tile(const Coefficients<T>& c, const UpdateTile& tile, int64_t offset, int64_t count) {
+void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_t offset, int64_t count) {
   T weight_scratch[kChunk], grad_scratch[kChunk], buffer_scratch[kChunk];
-  const bool has_momentum = tile.momentum_buffer.data != nullptr;
-  const bool has_low_precision = tile.low_precision.data != nullptr;
-  const bool converts = tile.weight.element != element_of<T> || tile.grad.element != element_of<T> ||
-                        (has_momentum && tile.momentum_buffer.element != element_of<T>);
+  const bool has_momentum = tensors.momentum_buffer.data != nullptr;
+  const bool has_low_precision = tensors.low_precision.data != nullptr;
+  const bool converts = tensors.weight.element != element_of<T> || tensors.grad.element != element_of<T> ||
+                        (has_momentum && tensors.momentum_buffer.element != element_of<T>);
   const int64_t chunk = converts ? kChunk : count;
   for (int64_t i = 0; i < count; i += chunk) {
     const int64_t n = std::min(chunk, count - i);
     const int64_t at = offset + i;
-    T* weight = open(tile.weight, at, n, weight_scratch);
-    const T* grad = open(tile.grad, at, n, grad_scratch);
+    T* weight = open(tensors.weight, at, n, weight_scratch);
+    const T* grad = open(tensors.grad, at, n, grad_scratch);
     if (has_momentum) {
-      T* buffer = open(tile.momentum_buffer, at, n, buffer_scratch);
+      T* buffer = open(tensors.momentum_buffer, at, n, buffer_scratch);
       if (c.nesterov) {
         update_run<T, true, true>(c, weight, grad, buffer, n);
       } else {
         update_run<T, false, true>(c, weight, grad, buffer, n);
       }
-      close(tile.momentum_buffer, at, n, buffer);
+      close(tensors.momentum_buffer, at, n, buffer);
     } else {
       update_run<T, false, false>(c, weight, grad, nullptr, n);
     }
-    close(tile.weight, at, n, weight);
-    if (has_low_precision) close(tile.low_precision, at, n, weight);
+    close(tensors.weight, at, n, weight);
+    if (has_low_precision) close(tensors.low_precision, at, n, weight);
   }
 }
 

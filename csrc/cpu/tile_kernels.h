@@ -22,8 +22,8 @@ struct SquaredNorms {
   double grad = 0.0;
 };
 
-// What update_tile reads and writes, each a run of the same number of elements.
-struct UpdateTile {
+// The tensors of one parameter, each a run of the same number of elements.
+struct TensorPointers {
   ElementPointer weight;           // read and written: the master where there is one
   ElementPointer grad;             // read
   ElementPointer momentum_buffer;  // read and written; null without momentum
@@ -47,8 +47,10 @@ struct TileKernels {
   ScaledNormTile* scaled_squared_norms_f32;
   ScaledNormTile* scaled_squared_norms_f64;
   // Applies the rule to `count` elements from `offset`. fp64 weights take the second, others the first.
-  void (*update_f32)(const Coefficients<float>& c, const UpdateTile& tile, int64_t offset, int64_t count);
-  void (*update_f64)(const Coefficients<double>& c, const UpdateTile& tile, int64_t offset, int64_t count);
+  void (*update_f32)(const Coefficients<float>& c, const TensorPointers& tensors, int64_t offset,
+                     int64_t count);
+  void (*update_f64)(const Coefficients<double>& c, const TensorPointers& tensors, int64_t offset,
+                     int64_t count);
   const char* name;  // "avx512", "avx2" or "baseline"
 };
 

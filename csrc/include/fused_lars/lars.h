@@ -6,12 +6,12 @@
 #include <iosfwd>
 #include <map>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "fused_lars/errors.h"
 #include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/workspaces.h"
 
 namespace fused_lars {
 
@@ -96,7 +96,7 @@ class FUSED_LARS_API Lars final : public torch::CustomClassHolder, public Learni
 
   Hyperparameters hyperparameters_;
   std::map<int64_t, at::Tensor> momentum_buffers_;
-  std::unordered_map<at::Device, std::vector<at::Tensor>> workspaces_;  // CUDA devices only
+  Workspaces workspaces_;
 };
 
 }  // namespace fused_lars

@@ -9,13 +9,13 @@
 #include <set>
 #include <string>
 #include <type_traits>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "fused_lars/errors.h"
 #include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/workspaces.h"
 
 namespace fused_lars {
 
@@ -138,7 +138,7 @@ class FUSED_LARS_API LARS : public torch::optim::Optimizer {
  private:
   void check_distinct(const std::vector<at::Tensor>& params, size_t group) const;
 
-  std::unordered_map<at::Device, std::vector<at::Tensor>> workspaces_;
+  Workspaces workspaces_;
 };
 
 }  // namespace fused_lars
