@@ -183,28 +183,20 @@ void for_each_tensor(const Step& step, F f) {
   f(Name{"workspace"}, step.workspace, true);
 }
 
-}  // namespace
-
-void check_and_assemble(const StepLists& lists, Step& step) {
-  const auto& params = lists.params;
-  const int64_t count = static_cast<int64_t>(params.size());
-  check_count("grads", lists.grads.size(), params.size(), "parameter");
-  check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
-  check_group_sizes(lists.group_sizes, count);
-  const auto device = device_of(params, {step.squared_norms, step.grad_scale, step.found_inf,
-                                         step.trust_ratios, step.layer_norms, step.workspace});
-
+// Fills step.tensors. Checks what has to be known before: that tensors are defined, their dtypes and devices,
+// and that the state lists are as long as they should be.
+void assemble(const StepLists& lists, at::Device device, Step& step) {
   StateList momentum_buffers("momentum_buffers", lists.momentum_buffers,
                              "parameter of a group with momentum");
   StateList master_params("master_params", lists.master_params,
                           "fp16 or bf16 parameter of a group with master_weights");
   StateList steps("steps", lists.steps, "parameter of a group with momentum and dampening");
-  step.tensors.reserve(count);
+  step.tensors.reserve(lists.params.size());
   int64_t index = 0;
   for (size_t group = 0; group < step.groups.size(); ++group) {
     const auto& hyperparameters = step.groups[group];
     for (const int64_t end = index + lists.group_sizes[group]; index < end; ++index) {
-      const auto &param = params[index], &grad = lists.grads[index];
+      const auto &param = lists.params[index], &grad = lists.grads[index];
       check_defined(param, {"params", index});
       check_defined(grad, {"grads", index});
       check_param(param, index, device);
@@ -223,9 +215,11 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   momentum_buffers.check_all_taken();
   master_params.check_all_taken();
   steps.check_all_taken();
+}
 
-  int64_t buffer = 0, master = 0, applied = 0;
-  index = 0;
+// Checks that gradients and state fit their parameters.
+void check_companions(const Step& step, at::Device device) {
+  int64_t index = 0, buffer = 0, master = 0, applied = 0;
   for (const auto& tensor : step.tensors) {
     const auto dtype = tensor.param.scalar_type();
     check_companion(tensor.grad, {"grads", index}, tensor.param, dtype, at::kFloat);
@@ -243,24 +237,43 @@ void check_and_assemble(const StepLists& lists, Step& step) {
     if (tensor.step.defined()) check_scalar(tensor.step, {"steps", applied++}, device);
     ++index;
   }
+}
 
+// Checks the tensors that a step may be given beside its lists.
+void check_options(const Step& step, at::Device device) {
   for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
     check_lr_tensor(step.lr_tensors[group], step.groups[group], static_cast<int64_t>(group), device);
   }
+  const auto count = static_cast<int64_t>(step.tensors.size());
   check_optional(step.squared_norms, "squared_norms", {count, 2}, norm_dtype(device), device);
   check_optional(step.trust_ratios, "trust_ratios", {count}, norm_dtype(device), device);
   check_optional(step.layer_norms, "layer_norms", {count, 2}, norm_dtype(device), device);
   check_scalar(step.grad_scale, {"grad_scale"}, device);
   check_scalar(step.found_inf, {"found_inf"}, device);
   check_workspace(step.workspace, device);
+}
 
-  SharedMemoryCheck shared_memory(params.size() + lists.grads.size() + lists.momentum_buffers.size() +
-                                  lists.master_params.size() + lists.steps.size() + step.lr_tensors.size() +
-                                  6);
+void check_shared_memory(const Step& step, size_t most_tensors) {
+  SharedMemoryCheck shared_memory(most_tensors);
   for_each_tensor(step, [&](const Name& name, const at::Tensor& tensor, bool written) {
     shared_memory.add(name, tensor, written);
   });
   shared_memory.run();
+}
+
+}  // namespace
+
+void check_and_assemble(const StepLists& lists, Step& step) {
+  check_count("grads", lists.grads.size(), lists.params.size(), "parameter");
+  check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
+  check_group_sizes(lists.group_sizes, static_cast<int64_t>(lists.params.size()));
+  const auto device = device_of(lists.params, {step.squared_norms, step.grad_scale, step.found_inf,
+                                               step.trust_ratios, step.layer_norms, step.workspace});
+  assemble(lists, device, step);
+  check_companions(step, device);
+  check_options(step, device);
+  constexpr size_t kOptions = 6;  // squared_norms to workspace
+  check_shared_memory(step, lists.count() + step.lr_tensors.size() + kOptions);
 }
 
 void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,

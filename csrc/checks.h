@@ -10,6 +10,11 @@ namespace fused_lars {
 struct StepLists {
   at::TensorList params, grads, momentum_buffers, master_params, steps;
   at::IntArrayRef group_sizes;
+
+  // Of tensors.
+  size_t count() const {
+    return params.size() + grads.size() + momentum_buffers.size() + master_params.size() + steps.size();
+  }
 };
 
 // Hands the compact state lists out to the parameters that need them and fills step.tensors. Throws an
