@@ -34,7 +34,7 @@ void check_param(const at::Tensor& param, int64_t index, at::Device device) {
                    "; expected the device of params[0], ", device);
 }
 
-// A tensor that goes with params[index]: same sizes and device, and a dtype of two.
+// A gradient or state: it has the sizes and the device of its parameter, and one of two dtypes.
 void check_companion(const at::Tensor& tensor, const Name& name, const at::Tensor& param,
                      at::ScalarType dtype, at::ScalarType other_dtype) {
   FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
@@ -94,10 +94,11 @@ void check_scalar(const at::Tensor& tensor, const Name& name, at::Device device)
                    " is ", tensor.scalar_type(), " on ", tensor.device(), "; expected Float on ", device);
 }
 
-// What the host can read without waiting for a device; there is no value in a fake or a wrapped tensor.
+// The value of a scalar on the CPU. Nothing for one on another device, for which the host would have to wait,
+// and for a fake tensor or one that torch.func wraps, which have none.
 std::optional<double> value_on_host(const at::Tensor& scalar) {
   if (!scalar.device().is_cpu() || address_of(scalar) == 0) return {};
-  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);  // past the modes that trace a program
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);  // so that no mode traces the read
   return at::_ops::_local_scalar_dense::redispatch(cpu, scalar).to<double>();
 }
 
@@ -129,7 +130,7 @@ void check_workspace(const at::Tensor& workspace, at::Device device) {
       "workspace starts at an address that is no multiple of 8; expected a tensor that is no slice");
 }
 
-// The device of a step: that of params[0] or, where there are none, of what else is given.
+// The device of a step: that of params[0]. Without parameters it is that of the first other tensor.
 at::Device device_of(at::TensorList params, std::initializer_list<at::Tensor> others) {
   if (!params.empty()) {
     check_defined(params[0], {"params", 0});
@@ -141,13 +142,13 @@ at::Device device_of(at::TensorList params, std::initializer_list<at::Tensor> ot
   return at::kCPU;
 }
 
-// A list that holds a tensor for each parameter that needs one.
+// A state list, which holds one tensor for each parameter that needs one.
 class StateList {
  public:
   StateList(const char* name, at::TensorList list, const char* whose)
       : name_(name), list_(list), whose_(whose) {}
 
-  // The next parameter's tensor; undefined where the list is too short.
+  // The tensor of the next parameter. If the list is too short it is undefined, and check_all_taken throws.
   at::Tensor take() {
     const size_t index = taken_++;
     if (index >= list_.size()) return {};
@@ -163,7 +164,7 @@ class StateList {
   size_t taken_ = 0;
 };
 
-// Calls f(name, tensor, whether the step writes it) for every tensor of a step.
+// Calls f(name, tensor, is_written) for every tensor of a step.
 template <typename F>
 void for_each_tensor(const Step& step, F f) {
   int64_t index = 0, buffer = 0, master = 0, applied = 0, group = 0;
@@ -183,8 +184,8 @@ void for_each_tensor(const Step& step, F f) {
   f(Name{"workspace"}, step.workspace, true);
 }
 
-// Fills step.tensors. Checks what has to be known before: that tensors are defined, their dtypes and devices,
-// and that the state lists are as long as they should be.
+// Fills step.tensors. On the way it checks that all tensors are defined, that parameters are what they may
+// be, and that the state lists have the right lengths.
 void assemble(const StepLists& lists, at::Device device, Step& step) {
   StateList momentum_buffers("momentum_buffers", lists.momentum_buffers,
                              "parameter of a group with momentum");
@@ -287,7 +288,7 @@ void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArra
     check_defined(params[i], {"params", index});
     check_param(params[i], index, device);
     const auto dtype = params[i].scalar_type();
-    // An fp32 param may be the master of an fp16 or bf16 one, whose gradient it gets.
+    // An fp32 tensor here may be the master of an fp16 or bf16 parameter. Its gradient is the parameter's.
     check_defined(grads[i], {"grads", index});
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
     check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);

@@ -1,4 +1,4 @@
-// The step in ATen operators: slow, for any device, and followed by autograd.
+// The step in ATen operators. It is slow, runs on any device, and autograd can follow it.
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -10,7 +10,7 @@
 namespace fused_lars {
 namespace {
 
-// A sum of squares of elements that were multiplied by `scale`; undefined stands for 1.
+// A sum of squares of elements that were multiplied by `scale`. An undefined scale is 1.
 struct ScaledNorm {
   at::Tensor squared, scale;
 
@@ -23,7 +23,7 @@ struct ScaledNorm {
   at::Tensor unscaled(const at::Tensor& root) const { return scale.defined() ? root / scale : root; }
 };
 
-// norm_range.h's square_scale on tensors.
+// norm_range.h's square_scale, with its conditions as at::where.
 template <typename T>
 at::Tensor square_scale(const at::Tensor& sum, const c10::SymInt& count) {
   using Range = SquareRange<T>;
@@ -55,7 +55,7 @@ struct ToDtype {
   at::Tensor operator()(double number) const { return at::full({}, number, options); }
 };
 
-// The norm of a gradient that the rule takes, of a gradient as stored.
+// The second norm of a parameter: see unscaled_grad_norm in rule.h.
 ScaledNorm grad_norm(const Hyperparameters& h, const at::Tensor& weight, const at::Tensor& grad,
                      const at::Tensor& grad_scale) {
   if (!h.decayed_norm) return scaled_norm(grad);
@@ -115,7 +115,7 @@ void step_reference(const Step& step) {
     const auto& h = step.groups[tensor.group];
     const auto dtype = tensor.param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     auto weight = tensor.weight().to(dtype);
-    // The norm keeps its argument for the backward pass, and the parameter is written below.
+    // The backward pass of the norm needs the weight as it is now, and the parameter is written below.
     if (c10::GradMode::is_enabled() && weight.requires_grad()) weight = weight.clone();
     const auto grad = tensor.grad.to(dtype);
 

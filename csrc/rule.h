@@ -1,9 +1,9 @@
 #pragma once
 
-// The LARS update rule: the only place that has its arithmetic. The fused CPU step and the CUDA kernel, on
-// host and device, call these functions with numbers. The reference calls the templates among them with
-// tensors; it has its own form of the conditions only, because a condition on a tensor is not a branch
-// (reference.cpp).
+// The LARS update rule: the only place that has its arithmetic. The CPU step and the CUDA kernel call these
+// functions with numbers, on the host and on the device. The reference (reference.cpp) calls the templates
+// among them with tensors. It writes only the conditions in its own form, because a tensor cannot choose a
+// branch.
 //
 //   g' = (maximize ? -g : g) / grad_scale
 //   q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)     (1 where a norm is 0)

@@ -1,10 +1,12 @@
 // The fused step on the CPU.
 //
-// Tensors are cut into tiles of a fixed size; a tensor's norm is the sum of its tiles' sums in tile order,
-// so its bits do not depend on the number of threads. Tensors are taken in batches about as large as the
-// caches: a thread takes the norms of a run of tiles and then, once the batch's trust ratios are known,
-// updates the same run backwards, since what it read last is what its cache still holds. Weights and
-// gradients of a batch that fits are read from memory once: 20 bytes an fp32 parameter instead of 28.
+// Tensors are cut into tiles of a fixed size. The sum of squares of a tensor is the sum of its tiles' sums,
+// added in the order of the tiles. So its bits do not depend on the number of threads.
+//
+// Tensors are processed in batches about as large as the caches. A thread first takes the norms of a run of
+// tiles. Once the trust ratios of the batch are known, it updates the same run backwards, since its cache
+// holds what it read last. If a batch fits in the caches, its weights and gradients are read from memory
+// once. An fp32 element then costs 20 bytes instead of 28.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +23,7 @@ namespace fused_lars {
 namespace {
 
 constexpr int64_t kTile = 4096;                    // elements
-constexpr int64_t kTilesPerThread = 8;             // not worth a thread of its own below that
+constexpr int64_t kTilesPerThread = 8;             // fewer are not worth a thread
 constexpr int64_t kTilesPerStretch = 16;           // 512 KiB of fp32 weights and gradients
 constexpr int64_t kCacheBytesPerThread = 1 << 20;  // of weights and gradients; half of a common L2
 
@@ -36,14 +38,14 @@ TensorPointers pointers(const StepTensor& tensor) {
 
 int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
 
-// Sums of squares of elements that were multiplied by scales.
+// The sums of squares of a weight and a gradient whose elements were multiplied by `scale`.
 struct ScaledNorms {
   SquaredNorms squared;
   SquaredNorms scale = {1.0, 1.0};
 
   double weight_norm() const { return std::sqrt(squared.weight) / scale.weight; }
   double grad_norm() const { return std::sqrt(squared.grad) / scale.grad; }
-  // Without an intermediate that overflows where the result does not.
+  // Two divisions, because the square of a scale could overflow where the result does not.
   double weight_squared() const { return squared.weight / scale.weight / scale.weight; }
   double grad_squared() const { return squared.grad / scale.grad / scale.grad; }
 };
@@ -56,7 +58,7 @@ struct Work {
   int64_t index;       // within the call
   bool needs_norms;
   std::optional<DecayedGradient<double>> decayed;  // with decayed_norm
-  // Of the update, once the norms are known. in_f64() says which of the two it takes.
+  // Set once the norms are known. in_f64() tells which of the two the update uses.
   Coefficients<float> f32;
   Coefficients<double> f64;
 
@@ -65,7 +67,7 @@ struct Work {
   bool in_f64() const { return tensors.weight.element == Element::f64; }
 };
 
-// Consecutive tensors that are processed together.
+// Consecutive parameters that are processed together.
 class Batch {
  public:
   void add(const StepTensor& tensor, int64_t index, bool needs_norms, const Hyperparameters& group,
@@ -90,7 +92,7 @@ class Batch {
   }
   std::vector<Work>& work() { return work_; }
 
-  // Norms of each tensor of the batch, in the order of work(); 0 where they are not needed.
+  // The norms of each parameter of the batch, in the order of work(). Those that are not needed are 0.
   const std::vector<ScaledNorms>& norms() {
     norms_.assign(work_.size(), {});
     if (!any_norms_) return norms_;
@@ -115,8 +117,8 @@ class Batch {
   }
 
   // Calls f(work, tile, offset, count) for every tile of the batch, in parallel. A thread gets the same run
-  // of tiles in every call. Where `reversed`, it takes the end of its run first, in stretches long enough for
-  // the processor's prefetching.
+  // of tiles in every call. If `reversed`, it starts at the end of its run and goes back stretch by stretch.
+  // Within a stretch it goes forwards, as the processor's prefetching needs.
   template <typename F>
   void for_tiles(F f, bool reversed = false) const {
     at::parallel_for(0, tiles_, kTilesPerThread, [&](int64_t begin, int64_t end) {
@@ -151,7 +153,7 @@ class Batch {
     return sum;
   }
 
-  // Takes the sums again that have a scale. What has none keeps its sum.
+  // Takes the sums again whose scale is not 1. The others stay.
   void take_scaled_norms() {
     const auto& kernels = tile_kernels();
     const auto norms_of = [&](const Work& work) -> ScaledNorms& { return norms_[&work - work_.data()]; };
