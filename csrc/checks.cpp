@@ -10,8 +10,6 @@
 
 namespace fused_lars {
 
-at::ScalarType norm_dtype(at::Device device) { return device.is_mps() ? at::kFloat : at::kDouble; }
-
 bool is_parameter_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
 }
@@ -36,7 +34,7 @@ void check_param(const at::Tensor& param, int64_t index, at::Device device) {
                    "; expected the device of params[0], ", device);
 }
 
-// A tensor that goes with params[index]: same sizes and device, and a dtype of two.
+// A gradient or state: it has the sizes and the device of its parameter, and one of two dtypes.
 void check_companion(const at::Tensor& tensor, const Name& name, const at::Tensor& param,
                      at::ScalarType dtype, at::ScalarType other_dtype) {
   FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
@@ -96,10 +94,11 @@ void check_scalar(const at::Tensor& tensor, const Name& name, at::Device device)
                    " is ", tensor.scalar_type(), " on ", tensor.device(), "; expected Float on ", device);
 }
 
-// What the host can read without waiting for a device; there is no value in a fake or a wrapped tensor.
+// The value of a scalar on the CPU. Nothing for one on another device, for which the host would have to wait,
+// and for a fake tensor or one that torch.func wraps, which have none.
 std::optional<double> value_on_host(const at::Tensor& scalar) {
   if (!scalar.device().is_cpu() || address_of(scalar) == 0) return {};
-  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);  // past the modes that trace a program
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);  // so that no mode traces the read
   return at::_ops::_local_scalar_dense::redispatch(cpu, scalar).to<double>();
 }
 
@@ -131,7 +130,7 @@ void check_workspace(const at::Tensor& workspace, at::Device device) {
       "workspace starts at an address that is no multiple of 8; expected a tensor that is no slice");
 }
 
-// The device of a step: that of params[0] or, where there are none, of what else is given.
+// The device of a step: that of params[0]. Without parameters it is that of the first other tensor.
 at::Device device_of(at::TensorList params, std::initializer_list<at::Tensor> others) {
   if (!params.empty()) {
     check_defined(params[0], {"params", 0});
@@ -143,13 +142,13 @@ at::Device device_of(at::TensorList params, std::initializer_list<at::Tensor> ot
   return at::kCPU;
 }
 
-// A list that holds a tensor for each parameter that needs one.
+// A state list, which holds one tensor for each parameter that needs one.
 class StateList {
  public:
   StateList(const char* name, at::TensorList list, const char* whose)
       : name_(name), list_(list), whose_(whose) {}
 
-  // The next parameter's tensor; undefined where the list is too short.
+  // The tensor of the next parameter. If the list is too short it is undefined, and check_all_taken throws.
   at::Tensor take() {
     const size_t index = taken_++;
     if (index >= list_.size()) return {};
@@ -165,7 +164,7 @@ class StateList {
   size_t taken_ = 0;
 };
 
-// Calls f(name, tensor, whether the step writes it) for every tensor of a step.
+// Calls f(name, tensor, is_written) for every tensor of a step.
 template <typename F>
 void for_each_tensor(const Step& step, F f) {
   int64_t index = 0, buffer = 0, master = 0, applied = 0, group = 0;
@@ -185,28 +184,20 @@ void for_each_tensor(const Step& step, F f) {
   f(Name{"workspace"}, step.workspace, true);
 }
 
-}  // namespace
-
-void check_and_assemble(const StepLists& lists, Step& step) {
-  const auto& params = lists.params;
-  const int64_t count = static_cast<int64_t>(params.size());
-  check_count("grads", lists.grads.size(), params.size(), "parameter");
-  check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
-  check_group_sizes(lists.group_sizes, count);
-  const auto device = device_of(params, {step.squared_norms, step.grad_scale, step.found_inf,
-                                         step.trust_ratios, step.layer_norms, step.workspace});
-
+// Fills step.tensors. On the way it checks that all tensors are defined, that parameters are what they may
+// be, and that the state lists have the right lengths.
+void assemble(const StepLists& lists, at::Device device, Step& step) {
   StateList momentum_buffers("momentum_buffers", lists.momentum_buffers,
                              "parameter of a group with momentum");
   StateList master_params("master_params", lists.master_params,
                           "fp16 or bf16 parameter of a group with master_weights");
   StateList steps("steps", lists.steps, "parameter of a group with momentum and dampening");
-  step.tensors.reserve(count);
+  step.tensors.reserve(lists.params.size());
   int64_t index = 0;
   for (size_t group = 0; group < step.groups.size(); ++group) {
     const auto& hyperparameters = step.groups[group];
     for (const int64_t end = index + lists.group_sizes[group]; index < end; ++index) {
-      const auto &param = params[index], &grad = lists.grads[index];
+      const auto &param = lists.params[index], &grad = lists.grads[index];
       check_defined(param, {"params", index});
       check_defined(grad, {"grads", index});
       check_param(param, index, device);
@@ -225,9 +216,11 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   momentum_buffers.check_all_taken();
   master_params.check_all_taken();
   steps.check_all_taken();
+}
 
-  int64_t buffer = 0, master = 0, applied = 0;
-  index = 0;
+// Checks that gradients and state fit their parameters.
+void check_companions(const Step& step, at::Device device) {
+  int64_t index = 0, buffer = 0, master = 0, applied = 0;
   for (const auto& tensor : step.tensors) {
     const auto dtype = tensor.param.scalar_type();
     check_companion(tensor.grad, {"grads", index}, tensor.param, dtype, at::kFloat);
@@ -245,24 +238,43 @@ void check_and_assemble(const StepLists& lists, Step& step) {
     if (tensor.step.defined()) check_scalar(tensor.step, {"steps", applied++}, device);
     ++index;
   }
+}
 
+// Checks the tensors that a step may be given beside its lists.
+void check_options(const Step& step, at::Device device) {
   for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
     check_lr_tensor(step.lr_tensors[group], step.groups[group], static_cast<int64_t>(group), device);
   }
+  const auto count = static_cast<int64_t>(step.tensors.size());
   check_optional(step.squared_norms, "squared_norms", {count, 2}, norm_dtype(device), device);
   check_optional(step.trust_ratios, "trust_ratios", {count}, norm_dtype(device), device);
   check_optional(step.layer_norms, "layer_norms", {count, 2}, norm_dtype(device), device);
   check_scalar(step.grad_scale, {"grad_scale"}, device);
   check_scalar(step.found_inf, {"found_inf"}, device);
   check_workspace(step.workspace, device);
+}
 
-  SharedMemoryCheck shared_memory(params.size() + lists.grads.size() + lists.momentum_buffers.size() +
-                                  lists.master_params.size() + lists.steps.size() + step.lr_tensors.size() +
-                                  6);
+void check_shared_memory(const Step& step, size_t most_tensors) {
+  SharedMemoryCheck shared_memory(most_tensors);
   for_each_tensor(step, [&](const Name& name, const at::Tensor& tensor, bool written) {
     shared_memory.add(name, tensor, written);
   });
   shared_memory.run();
+}
+
+}  // namespace
+
+void check_and_assemble(const StepLists& lists, Step& step) {
+  check_count("grads", lists.grads.size(), lists.params.size(), "parameter");
+  check_count("group_sizes", lists.group_sizes.size(), step.groups.size(), "group");
+  check_group_sizes(lists.group_sizes, static_cast<int64_t>(lists.params.size()));
+  const auto device = device_of(lists.params, {step.squared_norms, step.grad_scale, step.found_inf,
+                                               step.trust_ratios, step.layer_norms, step.workspace});
+  assemble(lists, device, step);
+  check_companions(step, device);
+  check_options(step, device);
+  constexpr size_t kOptions = 6;  // squared_norms to workspace
+  check_shared_memory(step, lists.count() + step.lr_tensors.size() + kOptions);
 }
 
 void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
@@ -276,7 +288,7 @@ void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArra
     check_defined(params[i], {"params", index});
     check_param(params[i], index, device);
     const auto dtype = params[i].scalar_type();
-    // An fp32 param may be the master of an fp16 or bf16 one, whose gradient it gets.
+    // An fp32 tensor here may be the master of an fp16 or bf16 parameter. Its gradient is the parameter's.
     check_defined(grads[i], {"grads", index});
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
     check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);

@@ -1,6 +1,7 @@
 #pragma once
 
-// Every check of an op's tensor arguments, but for overlap.h. All of them run before anything is written.
+// The checks of an op's tensor arguments. All of them run before anything is written. overlap.h finds tensors
+// that share memory.
 
 #include "step.h"
 
@@ -10,18 +11,23 @@ namespace fused_lars {
 struct StepLists {
   at::TensorList params, grads, momentum_buffers, master_params, steps;
   at::IntArrayRef group_sizes;
+
+  // The number of tensors in all lists.
+  size_t count() const {
+    return params.size() + grads.size() + momentum_buffers.size() + master_params.size() + steps.size();
+  }
 };
 
-// Hands the compact state lists out to the parameters that need them and fills step.tensors. Throws an
-// error that names the tensor by list and index, what it is and what is allowed; step.groups and the
-// optional tensors must be set.
+// Fills step.tensors: gives each parameter its gradient and, from the state lists, the state that its group
+// needs. Then checks the whole step. step.groups and the optional tensors must be set before. An error names
+// the tensor by list and index, and says what the tensor is and what is allowed.
 void check_and_assemble(const StepLists& lists, Step& step);
 
-// The same for the norms op: fills params, grads and group_of; the rest of the call must be set.
+// The same for squared_norms: fills params, grads and group_of of a call whose other fields are set.
 void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
                         NormCall& call);
 
-// For a checked step that autograd follows: throws where autograd would refuse to write a tensor.
+// Throws InvalidTensor if autograd would refuse to write one of the tensors of a checked step.
 void check_autograd_allows(const Step& step);
 
 bool is_parameter_dtype(at::ScalarType dtype);

@@ -9,8 +9,8 @@ namespace {
 
 bool is_dense(const at::Tensor& tensor) { return tensor.is_non_overlapping_and_dense(); }
 
-// Whether element k in memory order is the same element in both. Strides of dimensions of size 1 do not
-// matter, nor do any where there are no elements.
+// Whether two tensors of one shape have their elements in the same order in memory. The stride of a dimension
+// of size 1 does not matter, and no stride matters if there are no elements.
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   if (a.strides() == b.strides() || a.numel() == 0) return true;
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -19,7 +19,7 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// `tensor` in the layout of the dense tensor `like`: itself, or a copy.
+// Returns `tensor` if it has the layout of `like`, which is dense, or else a copy that has it.
 at::Tensor as_layout(const at::Tensor& tensor, const at::Tensor& like) {
   if (same_layout(tensor, like) && is_dense(tensor)) return tensor;
   auto copy = at::empty_strided(like.sizes(), like.strides(), tensor.options());
@@ -59,15 +59,6 @@ at::Tensor run_dense(NormKernel kernel, NormCall& call) {
     grad = call.groups[call.group_of[i]].decayed_norm ? as_layout(grad, param) : dense(grad);
   }
   return kernel(call);
-}
-
-void fold_host_lr(Step& step) {
-  for (size_t group = 0; group < step.lr_tensors.size(); ++group) {
-    auto& lr = step.lr_tensors[group];
-    if (!lr.device().is_cpu()) continue;
-    step.groups[group].lr = lr.item<double>();
-    lr = at::Tensor();
-  }
 }
 
 }  // namespace fused_lars

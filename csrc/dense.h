@@ -4,14 +4,11 @@
 
 namespace fused_lars {
 
-// Runs `backend` on a step whose tensors are all dense runs of elements in the layout of their weight.
-// Tensors that already are, the rule in training, pass through. Others (a gradient that inductor made
-// channels_last, a gradient expanded from a sum, a parameter that is a column of a larger tensor) go
-// through a dense copy, and what the step wrote is copied back.
+// Runs `backend` on a step in which the tensors of a parameter are dense and have one layout. In training
+// most tensors are so already, and are passed as they are. The others are copied to dense memory first, and
+// what the step wrote is copied back. Examples are a gradient that Inductor made channels_last, a gradient
+// expanded from a sum, and a parameter that is a column of a larger tensor.
 void run_dense(void (*backend)(const Step&), Step& step);
 at::Tensor run_dense(NormKernel kernel, NormCall& call);
-
-// Moves the lr tensors that live on the host into their groups; step.lr_tensors keeps those on a device.
-void fold_host_lr(Step& step);
 
 }  // namespace fused_lars

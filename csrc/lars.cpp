@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kStateVersion = 2;
 
-// The shortest text that reads back as the same double: 0.0005, not 0.00050000000000000001.
+// The shortest text that is read as the same double: 0.0005, not 0.00050000000000000001.
 std::string shortest(double value) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, value).ptr};
@@ -149,7 +149,7 @@ Lars Lars::from_state(const State& state) {
                             .with_weight_decay(settings[2])
                             .with_trust_coefficient(settings[3])
                             .with_decayed_norm(version != 1 && settings[4] != 0.0));
-  // copy.deepcopy of a TorchScript object hands the state over as it is.
+  // The buffers are copied because copy.deepcopy of a TorchScript object does not copy the state.
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < ids.size(); ++i) {
     const auto& buffer = buffers[i];

@@ -1,9 +1,10 @@
 #pragma once
 
-// Norms over the whole range of a type, where squares have half of it.
+// Norms that are right over the whole range of a type.
 //
-// A sum of squares is taken plainly first. From the root of the largest number on it overflows, and far below
-// 1 its squares lose bits or vanish. Both show in the sum, and then it is taken again of scaled elements.
+// The square of a large element overflows, and the square of a small one loses bits or becomes 0. So a step
+// first adds the squares of the elements as they are. Where the sum shows that they were too large or too
+// small, it adds the squares again, of elements that were multiplied by a power of two.
 
 #include <cmath>
 #include <limits>
@@ -12,27 +13,29 @@
 
 namespace fused_lars {
 
-// Of the type T that squares are taken and added in.
+// For sums of squares in type T: a sum is right as it is from kLeast, for each element, up to kBeyond. Other
+// sums are taken again of elements that were multiplied by kScale, or by 1 / kScale where they were too
+// large.
 template <typename T>
 struct SquareRange;
 template <>
 struct SquareRange<float> {
-  // Where subnormal numbers are flushed to 0, each square and each addition may lose 2^-126: at most 2^-29 of
-  // what is left from here on. An element.
+  // A processor that flushes subnormal numbers to 0 may lose 2^-126 in each square and in each addition. From
+  // this sum on, that is at most 2^-29 of it.
   static constexpr double kLeast = 0x1p-96;
   static constexpr double kBeyond = std::numeric_limits<double>::infinity();
-  // Brings elements from 2^-149 on, and up to 2^128, to where 2^31 of their squares can be added.
+  // Elements lie between 2^-149 and 2^128. Once scaled, 2^31 of their squares can be added.
   static constexpr double kScale = 0x1p90;
 };
 template <>
 struct SquareRange<double> {
   static constexpr double kLeast = 0x1p-900;
-  static constexpr double kBeyond = 0x1p900;  // leaves room to add up sums
+  static constexpr double kBeyond = 0x1p900;  // the sums of tiles are added up, which needs room above
   static constexpr double kScale = 0x1p600;
 };
 
-// What elements are to be multiplied by, a power of two, given the plain sum of their squares: 1 where that
-// is right. A sum with inf or NaN among its elements stays inf or NaN.
+// The power of two to multiply `count` elements by, given the sum of their squares as they are. It is 1 where
+// that sum is right. If an element is inf or NaN, the scaled sum is inf or NaN too.
 template <typename T>
 FUSED_LARS_INLINE double square_scale(double sum, double count) {
   using Range = SquareRange<T>;

@@ -1,4 +1,4 @@
-// The schemas of torch.ops.fused_lars and their registration for each dispatch key.
+// The schemas of torch.ops.fused_lars, and what is registered for each dispatch key.
 
 #include "fused_lars/ops.h"
 
@@ -18,12 +18,12 @@
 namespace fused_lars {
 namespace {
 
-// Of a member of Hyperparameters.
+// The type of a member of Hyperparameters.
 template <typename T>
 T type_of(T Hyperparameters::*);
 
-// "bool[] nesterov, bool[] maximize, ...": the hyperparameters that `take` chooses, as arguments of an op.
-// `suffix` makes them lists.
+// The hyperparameters that `take` chooses, as arguments of a schema: "bool[] nesterov, bool[] maximize, ".
+// The suffix "[]" makes them lists.
 template <typename Take>
 std::string arguments_of(const std::string& suffix, const Take& take) {
   std::string arguments;
@@ -34,16 +34,20 @@ std::string arguments_of(const std::string& suffix, const Take& take) {
   return arguments;
 }
 
-// The step's arguments, for the op called `name`. Lists of hyperparameters have an entry for each group;
-// group_sizes[i] of the parameters, in order, belong to group i. What the state lists hold is said in
-// fused_lars/ops.h. squared_norms replaces the norms that the op would take itself, as sharded parameters
-// need. trust_ratios and layer_norms receive what the rule worked with.
+// The schema of a step op called `name`.
 //
-// workspace is scratch of any size that a caller who keeps it spares the CUDA step an allocation and a
-// memset. It is zeros on entry and on return. Counters in it that are not zero make the CUDA step hang or do
-// nothing; its values cannot be checked without waiting for the device, so it must be made of zeros and
-// written by these ops only, one at a time. Where it is too small it is set to larger memory, which a traced
-// program does not allow: there it is large enough or left out.
+// Each list of hyperparameters has one entry for each group. The first group_sizes[0] parameters belong to
+// group 0, the next group_sizes[1] to group 1, and so on. fused_lars/ops.h says which tensors the state lists
+// hold. squared_norms replaces the norms that the op would take itself. Sharded parameters need that, since
+// the norms are those of whole parameters. The op writes the trust ratios and norms that it used into
+// trust_ratios and layer_norms.
+//
+// workspace is scratch memory for the CUDA step, an int32 vector of any size. A caller who keeps it from step
+// to step saves an allocation and a memset in each. It holds zeros before and after each step. If it does
+// not, the kernel hangs or does nothing. The op cannot check that, since it would have to wait for the
+// device. So the caller makes it with zeros, and only these ops write it, one at a time. If it is too small,
+// the op sets it to larger memory. A traced program does not allow that, so there it has to be large enough
+// or left out.
 std::string step_schema(const std::string& name, const std::string& lr) {
   return name +
          "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
@@ -53,7 +57,16 @@ std::string step_schema(const std::string& name, const std::string& lr) {
          "trust_ratios=None, Tensor(f!)? layer_norms=None, Tensor(g!)? workspace=None) -> ()";
 }
 
-// Backends of the dispatcher: they run a checked step, and a checked call for norms.
+// The schema without "(a!)" and the like, which mark what an op writes.
+std::string without_marks(std::string schema) {
+  for (size_t mark; (mark = schema.find("!)")) != std::string::npos;) {
+    const size_t begin = schema.rfind('(', mark);
+    schema.erase(begin, mark + 2 - begin);
+  }
+  return schema;
+}
+
+// What is registered for a dispatch key runs one of these, after the checks.
 using Backend = void (*)(Step&);
 using NormBackend = at::Tensor (*)(NormCall&);
 
@@ -71,7 +84,8 @@ void bump_versions(const Step& step) {
   bump(step.layer_norms);
 }
 
-// The backends of step_ are opaque to autograd, which must not object when some tensors are written already.
+// Autograd does not see into step_. It is off here, so that it cannot refuse a write when other tensors have
+// been written already.
 template <void (*kernel)(const Step&)>
 void fused_backend(Step& step) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -86,15 +100,16 @@ void fallback_backend(Step& step) {
   step_reference(step);
 }
 
-void meta_backend(Step&) {}
+// Nothing is left to do after the checks: for check_step, and for step_ on meta tensors.
+void check_only(Step&) {}
 
-// Of reference_step_, which autograd sees through.
+// For reference_step_, which autograd follows.
 void reference_backend(Step& step) {
   check_autograd_allows(step);
   step_reference(step);
 }
 
-// Tensors of a list; AOTInductor of torch 2.14 passes None for an empty one.
+// AOTInductor of torch 2.14 passes None for an empty list.
 std::vector<at::Tensor> tensors_of(const c10::IValue& list) {
   return list.isNone() ? std::vector<at::Tensor>() : list.toTensorVector();
 }
@@ -104,7 +119,7 @@ void check_entries(const char* name, size_t entries, size_t groups) {
                    ", one for each entry of group_sizes");
 }
 
-// The op itself, for a backend and for both overloads: lr is a list of numbers or of tensors.
+// A step op with one backend. It serves both overloads: lr is a list of numbers or of tensors.
 template <Backend backend>
 void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
@@ -191,7 +206,7 @@ at::Tensor meta_norm_backend(NormCall& call) {
                    param.options().dtype(norm_dtype(param.device())));
 }
 
-// Checks the ranges of one group's hyperparameters.
+// The op that checks the ranges of one group's hyperparameters.
 void check_hyperparameters(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
   const auto* argument = torch::jit::last(*stack, count).data();
@@ -202,7 +217,7 @@ void check_hyperparameters(const c10::OperatorHandle& op, c10::DispatchKeySet, t
   torch::jit::drop(*stack, count);
 }
 
-// The groups' hyperparameters as a step op has them: a list for each.
+// Pushes the arguments of a step op for the groups' hyperparameters: one list for each hyperparameter.
 void push_hyperparameters(const std::vector<Hyperparameters>& groups, torch::jit::Stack& stack) {
   for_each_hyperparameter([&](const char*, auto member) {
     c10::List<decltype(type_of(member))> values;
@@ -212,19 +227,15 @@ void push_hyperparameters(const std::vector<Hyperparameters>& groups, torch::jit
   });
 }
 
-// TorchScript takes "Tensor(a!)[]" for a write to the list, not to the tensors in it. It would merge reads of
-// a parameter before and after a step, and freeze the parameter. So scripts have operators of their own,
-// without such marks, which are taken to write whatever they can reach. Scripts find them because they are
-// registered first; Python, and with it torch.compile and torch.export, finds the dispatcher's first.
+// TorchScript takes the mark in "Tensor(a!)[]" for a write to the list, not to the tensors in it. So it would
+// merge reads of a parameter before and after a step, and fold a parameter that is frozen. Scripts therefore
+// have operators of their own. These have no marks, and TorchScript assumes that they write whatever they can
+// reach. A script finds them first because they are registered first. Python, and with it torch.compile and
+// torch.export, looks for the dispatcher's operators first.
 void register_for_scripts(const std::string& name, const std::string& overload, const std::string& lr) {
   const auto script = overload.empty() ? "script" : overload + "_script";
-  auto schema = step_schema(c10::str("fused_lars::", name, '.', script), lr);
-  for (size_t mark; (mark = schema.find("!)")) != std::string::npos;) {
-    const size_t begin = schema.rfind('(', mark);
-    schema.erase(begin, mark + 2 - begin);
-  }
   torch::jit::registerOperator(torch::jit::Operator(
-      std::move(schema),
+      without_marks(step_schema(c10::str("fused_lars::", name, '.', script), lr)),
       [full_name = "fused_lars::" + name, overload](torch::jit::Stack& stack) {
         c10::Dispatcher::singleton().findSchemaOrThrow(full_name.c_str(), overload.c_str()).callBoxed(stack);
       },
@@ -253,8 +264,13 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
     library.def(step_schema(name, "float[]").c_str(), {at::Tag::pt2_compliant_tag});
     library.def(step_schema(name + ".tensor_lr", "Tensor[]").c_str(), {at::Tag::pt2_compliant_tag});
   }
-  // Two overloads, since Inductor has no code for an op that may write to an argument and is given None for
-  // it. The second has what a step knows of its groups and of AMP, as decayed_norm needs.
+  // Checks what step_ checks, and throws what it throws. Takes the same arguments and writes none of them.
+  for (const auto& [overload, lr] :
+       {std::pair("check_step", "float[]"), std::pair("check_step.tensor_lr", "Tensor[]")}) {
+    library.def(without_marks(step_schema(overload, lr)).c_str(), {at::Tag::pt2_compliant_tag});
+  }
+  // There are two overloads because Inductor cannot compile an op that gets None for an argument that it may
+  // write. The second one takes what decayed_norm needs: the hyperparameters of the groups, and grad_scale.
   library.def("squared_norms(Tensor[] params, Tensor[] grads) -> Tensor", {at::Tag::pt2_compliant_tag});
   library.def(
       "squared_norms.groups(Tensor[] params, Tensor[] grads, int[] group_sizes, *, float[] weight_decay, "
@@ -279,7 +295,7 @@ TORCH_LIBRARY_IMPL(fused_lars, CUDA, library) {
 #endif
 
 TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
-  register_step<meta_backend>(library, "step_");
+  register_step<check_only>(library, "step_");
   register_norms<meta_norm_backend>(library);
 }
 
@@ -289,16 +305,25 @@ TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
   register_norms<fallback_norm_backend>(library);
 }
 
-// step_ returns nothing that autograd could follow. Without this, torch's fallback for operators that have no
-// derivative packs all arguments into a stack and unpacks them again.
+// step_ returns nothing that autograd could follow. Without this registration the call would go through
+// torch's fallback for operators without a derivative, which packs all arguments into a stack and unpacks
+// them again.
 TORCH_LIBRARY_IMPL(fused_lars, Autograd, library) {
   library.impl("step_", torch::CppFunction::makeFallthrough());
   library.impl("step_.tensor_lr", torch::CppFunction::makeFallthrough());
 }
 
-// The reference by its own name, which autograd sees through.
+// Autograd follows the operators inside of reference_step_. check_step has none, and is the same on all
+// devices.
 TORCH_LIBRARY_IMPL(fused_lars, CompositeImplicitAutograd, library) {
   register_step<reference_backend>(library, "reference_step_");
+  register_step<check_only>(library, "check_step");
+}
+
+// Dispatch modes and tensor subclasses written in Python see the step, and need not see that it was checked.
+TORCH_LIBRARY_IMPL(fused_lars, Python, library) {
+  library.impl("check_step", torch::CppFunction::makeFallthrough());
+  library.impl("check_step.tensor_lr", torch::CppFunction::makeFallthrough());
 }
 
 void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,

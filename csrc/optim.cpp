@@ -33,7 +33,7 @@ std::unique_ptr<LARSParamState> to_lars_state(const ParamState& state) {
   return result;
 }
 
-// What an archive has for `param`, on its device and in the dtype that its state is kept in.
+// The state that an archive has for `param`, moved to the parameter's device and to the dtype of its state.
 ParamState loaded_state(const LARSParamState& archived, const at::Tensor& param, size_t group) {
   auto state = to_param_state(archived);
   const auto convert = [&](const char* name, at::Tensor& tensor, at::ScalarType dtype, bool one_element) {
@@ -77,7 +77,7 @@ LARSOptions::LARSOptions(double lr) { this->lr(lr); }
 Hyperparameters LARSOptions::hyperparameters() const {
   auto result = values_;
   result.layer_adaptation = layer_adaptation_.at(values_.weight_decay);
-  // Nothing is clipped where "decayed" leaves a step plain, as in timm.
+  // "decayed" leaves a group without weight decay unadapted. As in timm, it is not clipped either.
   if (layer_adaptation_ == "decayed" && !result.layer_adaptation) result.trust_clip = false;
   return result;
 }
@@ -153,7 +153,7 @@ void LARS::add_param_group(const OptimizerParamGroup& param_group) {
   param_groups_.back().set_options(std::make_unique<LARSOptions>(options));
 }
 
-// A parameter that comes twice would be updated by two threads at once. Torch's Python class refuses it too.
+// Two threads would update a parameter that is in the lists twice. torch.optim.Optimizer refuses it too.
 void LARS::check_distinct(const std::vector<at::Tensor>& params, size_t group) const {
   std::unordered_set<const void*> known;
   for (const auto& other : param_groups_) {
@@ -177,7 +177,7 @@ at::Tensor LARS::step(LossClosure closure) {
   for (const auto& group : param_groups_)
     groups.push_back(options_of(group, groups.size()).hyperparameters());
   StepCalls calls(groups);
-  std::vector<std::pair<void*, ParamState>> new_states;  // entered when the step has succeeded
+  std::vector<std::pair<void*, ParamState>> new_states;  // stored after the step, which may throw
   std::vector<at::Tensor> with_master;
   for (size_t index = 0; index < groups.size(); ++index) {
     for (const auto& param : param_groups_[index].params()) {

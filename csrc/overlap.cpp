@@ -15,11 +15,11 @@ std::ostream& operator<<(std::ostream& out, const Name& name) {
 
 uintptr_t address_of(const at::Tensor& tensor) {
   const auto* impl = tensor.unsafeGetTensorImpl();
-  // MPS keeps a handle in the place of an address.
+  // On MPS the pointer is a handle and no address.
   if (!impl->has_storage() || tensor.device().is_mps()) return 0;
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   const auto base = reinterpret_cast<uintptr_t>(storage->_mutable_data_ptr_no_checks().get());
-  // Tensors that are traced have an address of something else, and sizes that are not known.
+  // A traced tensor may have a pointer that is not its own, and sizes that are symbols.
   const auto numel = tensor.sym_numel().maybe_as_int();
   const auto offset = tensor.sym_storage_offset().maybe_as_int();
   if (base == 0 || !numel || *numel == 0 || !offset) return 0;
@@ -28,8 +28,8 @@ uintptr_t address_of(const at::Tensor& tensor) {
 
 namespace {
 
-// Whether no other tensor can have memory of this one's: nobody else refers to the storage, nor to what it
-// holds, as with memory that came from elsewhere (NumPy, a file that is mapped).
+// Whether no other tensor can use this one's memory. Then nothing else refers to the storage, and the memory
+// is torch's own: memory from elsewhere (NumPy, a mapped file) can be in two storages.
 bool owns_its_memory(const at::Tensor& tensor) {
   const auto& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
   const auto& data = storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
@@ -43,19 +43,20 @@ int64_t bytes_spanned(const at::Tensor& tensor) {
   return (last + 1) * static_cast<int64_t>(tensor.itemsize());
 }
 
-// stride * k bytes for some k from low to high.
+// An offset of stride * k bytes, for any k from low to high.
 struct Term {
   int64_t stride, low, high;
 };
 
-// Whether a sum of one value of each term lies between two bounds. Terms come with falling strides, so few
-// values of k are worth a look.
+// Whether a sum that takes one offset from each term can lie between two bounds. Terms are searched from the
+// largest stride to the smallest. What the smaller ones can still add is little then, so few values of k have
+// to be tried.
 class SumInBounds {
  public:
   SumInBounds(std::vector<Term> terms, int64_t above, int64_t below)
       : terms_(std::move(terms)), above_(above), below_(below) {
     std::sort(terms_.begin(), terms_.end(), [](const Term& a, const Term& b) { return a.stride > b.stride; });
-    // Terms of one stride are one term, or a square matrix would be searched element by element.
+    // Terms of equal stride are merged. Without that, a square matrix would be searched element by element.
     size_t kept = 0;
     for (const auto& term : terms_) {
       if (kept > 0 && terms_[kept - 1].stride == term.stride) {
@@ -94,9 +95,9 @@ class SumInBounds {
   static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
   std::vector<Term> terms_;
-  std::vector<Interval> rest_;  // of the sums of the terms from i on
+  std::vector<Interval> rest_;  // rest_[i]: what the terms from i on can add
   int64_t above_, below_;
-  int budget_ = 10000;  // sums looked at; a microsecond takes hundreds
+  int budget_ = 10000;  // sums still to be tried; a microsecond is enough for hundreds
 };
 
 }  // namespace
@@ -116,7 +117,7 @@ bool share_an_element(const at::Tensor& a, uintptr_t a_begin, const at::Tensor& 
   };
   add(a, 1);
   add(b, -1);
-  // The address of an element of a, less that of one of b, is a sum of terms and this distance.
+  // The address of an element of `a` minus that of an element of `b` is this distance plus a sum of offsets.
   const auto distance = static_cast<int64_t>(a_begin - b_begin);
   return SumInBounds(std::move(terms), -static_cast<int64_t>(a.itemsize()), b.itemsize()).exists(distance);
 }

@@ -1,9 +1,9 @@
 // torch.classes.fused_lars.PreparedStep and PreparedNorms: the arguments of a step_ and of a squared_norms
 // call, kept from one step to the next.
 //
-// Between two steps of a training run only gradients and a few numbers change. To hand the ops the other
-// tensors from Python again costs the host more than all of their checks. Python decides whether they are
-// still the same tensors; the ops check them in every step as they always do.
+// Between two steps of a training run, only gradients and a few numbers change. Passing the other tensors
+// from Python to C++ again would cost the host more time than all checks of the ops. Python decides whether
+// the tensors are still the same. The ops check them in every step, as always.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 class PreparedStep final : public torch::CustomClassHolder {
  public:
-  // `without_grad` are the parameters that the step leaves alone because they have no gradient.
+  // `without_grad`: the parameters that had no gradient, so that the step leaves them alone.
   PreparedStep(Tensors params, Tensors momentum_buffers, Tensors master_params, Tensors steps,
                std::vector<at::Tensor> without_grad, c10::List<int64_t> group_sizes)
       : params_(params.vec()),
@@ -28,15 +28,15 @@ class PreparedStep final : public torch::CustomClassHolder {
         after_grads_{std::move(momentum_buffers), std::move(master_params), std::move(steps),
                      std::move(group_sizes)} {}
 
-  // A list for each hyperparameter, in the order of the op's schema, with an entry for each group.
+  // One list for each hyperparameter, in the order of the op's schema, with one entry for each group.
   void set_hyperparameters(const Numbers& numbers, const Switches& switches) {
     hyperparameters_.clear();
     for (c10::List<double> values : numbers) hyperparameters_.emplace_back(std::move(values));
     for (c10::List<bool> values : switches) hyperparameters_.emplace_back(std::move(values));
   }
 
-  // One step with each parameter's own .grad. Returns false, and has done nothing, where not exactly the
-  // parameters of the call have one: then other arguments must be prepared.
+  // Makes a step with the .grad of each parameter. Returns false, and does nothing, if a parameter of the
+  // call has no gradient or one of `without_grad` has one. Then the arguments must be prepared anew.
   bool run(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
            const OptionalTensor& trust_ratios, const OptionalTensor& layer_norms,
            const OptionalTensor& workspace) const {
@@ -54,12 +54,12 @@ class PreparedStep final : public torch::CustomClassHolder {
     return true;
   }
 
-  // One step with gradients from elsewhere, and norms that were taken before.
+  // Makes a step with the given gradients and, optionally, with norms that were taken before.
   void run_with(Tensors grads, const OptionalTensor& squared_norms, const OptionalTensor& grad_scale,
                 const OptionalTensor& found_inf, const OptionalTensor& trust_ratios,
                 const OptionalTensor& layer_norms, const OptionalTensor& workspace) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
-    // As a stack, since the lists of tensors are in the form that a stack has.
+    // The call is boxed because the lists are kept in the form that a stack holds.
     torch::jit::Stack stack(before_grads_);
     stack.reserve(op.schema().arguments().size());
     stack.emplace_back(std::move(grads));
@@ -73,7 +73,7 @@ class PreparedStep final : public torch::CustomClassHolder {
 
  private:
   std::vector<at::Tensor> params_, without_grad_;
-  // Arguments of the op in the order of its schema.
+  // The arguments of the op, in the order of its schema.
   torch::jit::Stack before_grads_, after_grads_, hyperparameters_;
 };
 

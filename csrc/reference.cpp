@@ -1,4 +1,4 @@
-// The step in ATen operators: slow, for any device, and followed by autograd.
+// The step in ATen operators. It is slow, runs on any device, and autograd can follow it.
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -10,7 +10,7 @@
 namespace fused_lars {
 namespace {
 
-// A sum of squares of elements that were multiplied by `scale`; undefined stands for 1.
+// A sum of squares of elements that were multiplied by `scale`. An undefined scale is 1.
 struct ScaledNorm {
   at::Tensor squared, scale;
 
@@ -23,7 +23,7 @@ struct ScaledNorm {
   at::Tensor unscaled(const at::Tensor& root) const { return scale.defined() ? root / scale : root; }
 };
 
-// norm_range.h's square_scale on tensors.
+// norm_range.h's square_scale, with its conditions as at::where.
 template <typename T>
 at::Tensor square_scale(const at::Tensor& sum, const c10::SymInt& count) {
   using Range = SquareRange<T>;
@@ -47,38 +47,47 @@ ScaledNorm scaled_norm(const at::Tensor& tensor) {
   return {(x * scale).square().sum(), scale};
 }
 
-// rule.h's decayed_gradient on tensors of one dtype.
-DecayedGradient<at::Tensor> decayed_gradient(const Hyperparameters& h, const at::Tensor& grad_scale,
-                                             const at::Tensor& factor, at::ScalarType dtype) {
-  return {((h.maximize ? -1.0 : 1.0) / grad_scale * factor).to(dtype), (h.weight_decay * factor).to(dtype)};
-}
+// What rule.h calls `to`: converts numbers to the dtype that elements are computed in.
+struct ToDtype {
+  at::TensorOptions options;  // the device and that dtype
 
-// The norm of a gradient that the rule takes, of a gradient as stored.
+  at::Tensor operator()(const at::Tensor& number) const { return number.to(options); }
+  at::Tensor operator()(double number) const { return at::full({}, number, options); }
+};
+
+// The second norm of a parameter: see unscaled_grad_norm in rule.h.
 ScaledNorm grad_norm(const Hyperparameters& h, const at::Tensor& weight, const at::Tensor& grad,
                      const at::Tensor& grad_scale) {
   if (!h.decayed_norm) return scaled_norm(grad);
   const auto dtype = norm_dtype(grad.device());
-  const auto decayed = decayed_gradient(h, grad_scale, at::ones_like(grad_scale), dtype);
+  const ToDtype to{grad_scale.options().dtype(dtype)};
+  const auto decayed = decayed_gradient(h, grad_scale, at::ones_like(grad_scale), to);
   return scaled_norm(decayed(grad.to(dtype), weight.to(dtype)));
 }
 
-// rule.h's trust_ratio on tensors, without reading a value on the host. Where a norm is 0 the quotient is
-// taken of 1, so that no NaN enters the gradient of the branch that was not chosen.
+// rule.h's trust_ratio with its conditions as at::where, since a branch would read a value on the host. Both
+// sides of at::where are computed. Where a norm is 0, or lr is, the side that is not chosen computes with 1,
+// or its gradient would be NaN and autograd would spread it.
 at::Tensor trust_ratio(const Hyperparameters& h, const at::Tensor& lr, const ScaledNorm& weight,
                        const ScaledNorm& grad, const at::Tensor& grad_scale) {
   const auto one = at::ones_like(weight.squared);
   auto q = one;
   if (h.layer_adaptation) {
     const auto both = (weight.squared > 0).logical_and(grad.squared > 0);
-    const auto weight_norm = weight.norm_where(both, one);
-    const auto grad_norm = grad.norm_where(both, one);
-    const auto divisor =
-        h.decayed_norm ? grad_norm : grad_norm / grad_scale.abs() + h.weight_decay * weight_norm;
-    q = at::where(both, h.trust_coefficient * weight_norm / (divisor + h.eps), one);
+    const auto ratio =
+        ratio_of_norms(h, weight.norm_where(both, one), grad.norm_where(both, one), grad_scale);
+    q = at::where(both, ratio, one);
   }
   if (h.trust_clip)
     q = at::where((lr > 0).logical_and((q >= lr).logical_not()), q / at::where(lr > 0, lr, one), one);
   return q;
+}
+
+// rule.h's split_ratio. `rest` is detached: in range it is 1 and no function of q.
+SplitRatio<at::Tensor> split_ratio(const at::Tensor& q, at::ScalarType dtype) {
+  if (dtype != at::kFloat) return {q, at::ones_like(q)};
+  const auto held = q.clamp(kLeastRatio, kMostRatio);
+  return {held, (q / held).detach()};
 }
 
 }  // namespace
@@ -106,7 +115,7 @@ void step_reference(const Step& step) {
     const auto& h = step.groups[tensor.group];
     const auto dtype = tensor.param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     auto weight = tensor.weight().to(dtype);
-    // The norm keeps its argument for the backward pass, and the parameter is written below.
+    // The backward pass of the norm needs the weight as it is now, and the parameter is written below.
     if (c10::GradMode::is_enabled() && weight.requires_grad()) weight = weight.clone();
     const auto grad = tensor.grad.to(dtype);
 
@@ -117,30 +126,19 @@ void step_reference(const Step& step) {
     const auto weight_norm = is_given ? given(0) : scaled_norm(weight);
     const auto its_grad_norm = is_given ? given(1) : grad_norm(h, weight, grad, grad_scale);
     if (step.layer_norms.defined()) {
-      const auto unscaled = its_grad_norm.norm() / (h.decayed_norm ? scalar(1.0) : grad_scale.abs());
+      const auto unscaled = unscaled_grad_norm(h, its_grad_norm.norm(), grad_scale);
       assign(step.layer_norms.select(0, i), at::stack({weight_norm.norm(), unscaled}).detach());
     }
     const auto q = trust_ratio(h, lr[tensor.group], weight_norm, its_grad_norm, grad_scale);
-    const bool in_float = dtype == at::kFloat;
-    const auto held = in_float ? q.clamp(kLeastRatio, kMostRatio) : q;
-    const auto rest = in_float ? (q / held).detach() : scalar(1.0);  // 1, and no function of q, in range
     if (step.trust_ratios.defined()) assign(step.trust_ratios.select(0, i), q.detach());
 
-    auto damped = scalar(h.momentum > 0.0 ? 1.0 - h.dampening : 1.0);
+    auto undamped = scalar(1.0 - h.dampening);
     if (tensor.step.defined()) {
-      damped = at::where(tensor.step.reshape({}) == 0, scalar(1.0), damped);
+      undamped = at::where(tensor.step.reshape({}) == 0, scalar(1.0), undamped);
       assign(tensor.step, tensor.step + 1);
     }
-    const auto factor = [dtype](const at::Tensor& value) { return value.to(dtype); };
-    const Coefficients<at::Tensor> c{
-        .decayed_gradient = decayed_gradient(h, grad_scale, rest, dtype),
-        .trust_ratio = factor(held),
-        .momentum = factor(scalar(h.momentum)),
-        .buffer_gain = factor(h.classic_momentum ? lr[tensor.group] : damped),
-        .nesterov_gain = factor(h.classic_momentum ? lr[tensor.group] : scalar(1.0)),
-        .step_size = factor(h.classic_momentum ? scalar(1.0) : lr[tensor.group]),
-        .nesterov = h.nesterov,
-    };
+    const auto c = coefficients(h, lr[tensor.group], split_ratio(q, dtype), grad_scale, undamped,
+                                ToDtype{options.dtype(dtype)});
     auto momentum_buffer =
         tensor.momentum_buffer.defined() ? tensor.momentum_buffer.to(dtype) : at::zeros_like(weight);
     update(c, grad, weight, momentum_buffer);

@@ -13,10 +13,11 @@
 namespace fused_lars {
 namespace {
 
-// Gives `master` the elements of `param` that it does not round to; the others keep their low bits. They are
-// compared as bits, so that -0 is a value of its own.
+// After a step, each element of `param` is the rounded element of `master`. An element that is not was
+// written by someone else, and is copied to the master. The other elements of the master keep their low bits.
+// The elements are compared as bits, because a written -0 is not the same as 0.
 void take_over(const at::Tensor& param, const at::Tensor& master) {
-  // What does not fit is for the op to refuse.
+  // If these differ, the op refuses the step.
   if (param.sizes() != master.sizes() || param.device() != master.device()) return;
   const auto bits = [](const at::Tensor& tensor) { return tensor.view(at::kShort); };
   const auto written = bits(param.detach()).ne(bits(master.to(param.scalar_type())));
@@ -50,7 +51,7 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
     take_over(param, state.master_param);
   }
   make(state.master_param, master, [&] { return param.detach().to(at::kFloat); });
-  // A buffer that was there before dampening was has seen its first update.
+  // If there was a buffer before the group had dampening, the first update has been made.
   make(state.step, needs_step(group),
        [&] { return at::full({}, had_buffer ? 1.0 : 0.0, param.options().dtype(at::kFloat)); });
   return made;
@@ -71,7 +72,8 @@ void StepCalls::add(size_t group, const at::Tensor& param, const at::Tensor& gra
 }
 
 void StepCalls::run(Workspaces& workspaces) const {
-  // An op checks its own arguments before it writes, but by then another device would have been stepped.
+  // An op checks its own arguments before it writes. But when the second call throws, the first has been
+  // made. So all calls are checked before the first.
   if (calls_.size() > 1) {
     for (const auto& group : groups_) validate(group);
     for (const auto& call : calls_) {
@@ -95,7 +97,8 @@ void StepCalls::run(Workspaces& workspaces) const {
     if (workspaces_here.empty()) {
       workspaces_here.push_back(at::zeros({0}, at::TensorOptions(call.device).dtype(at::kInt)));
     }
-    const auto workspace = workspaces_here.back().detach();  // which the op may set to other memory
+    // The op may set this tensor to larger memory; what is in the list keeps its own.
+    const auto workspace = workspaces_here.back().detach();
     step({.workspace = workspace});
     if (!workspace.is_alias_of(workspaces_here.back())) workspaces_here.push_back(workspace);
   }

@@ -1,46 +1,43 @@
 #pragma once
 
-// From parameters with their state to one op call for each device: what Lars and LARS share.
+// What Lars and LARS share: they turn parameters and their state into one op call for each device.
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/workspaces.h"
 
 namespace fused_lars {
 
-// Where a parameter stands: a write changes its version or, as set_data does, its address. Nothing where that
-// is not known: a tensor of inference mode has no version. Writes through .data() show in neither.
+// Tells whether a parameter was written: a write changes its version or, like set_data, its address. A write
+// through .data() changes neither. The mark is empty if it cannot be known: an inference tensor has no
+// version.
 using ParamMark = std::optional<std::pair<uint32_t, const void*>>;
 ParamMark mark_of(const at::Tensor& param);
 
-// What one parameter keeps between steps; undefined where its group keeps none.
+// What one parameter keeps between steps. A tensor that its group does not need is undefined.
 struct ParamState {
   at::Tensor momentum_buffer, master_param, step;
-  ParamMark mark;  // after the last step; not stored
+  ParamMark mark;  // taken after the last step; not saved
 };
 
-// Scratch that the CUDA step leaves clean for the next one. The op gives it larger memory where it is too
-// small; a captured graph, or a step on another stream, may still use what it had, so that is kept too. The
-// last one is the one in use.
-using Workspaces = std::unordered_map<at::Device, std::vector<at::Tensor>>;
-
-// Makes what `group` keeps for `param` and `state` lacks. Returns whether there was anything to make. A
-// master takes over what was written into its parameter since the mark.
+// Makes the state that `group` needs for `param` and that `state` does not have yet. Returns whether it made
+// any. If the parameter was written since the mark, or if that is not known, its master takes over what was
+// written.
 bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group);
 
 class StepCalls {
  public:
   explicit StepCalls(const std::vector<Hyperparameters>& groups) : groups_(groups) {}
 
-  // Groups come in order. `state` is complete.
+  // Adds a parameter. Groups come in order, and complete() has been called for `state`.
   void add(size_t group, const at::Tensor& param, const at::Tensor& grad, const ParamState& state);
 
-  // One op call for each device. Throws before anything has changed on any of them.
+  // Makes one op call for each device. If it throws, nothing has changed on any device.
   void run(Workspaces& workspaces) const;
 
  private:

@@ -1,4 +1,5 @@
-// The CUDA backend as the ops see it: tensors to buckets, streams, devices and the workspace.
+// The CUDA backend that the ops call. It sorts tensors into buckets, sees to the device, the stream and the
+// workspace, and launches the kernel.
 
 #include <algorithm>
 #include <exception>
@@ -17,25 +18,12 @@
 namespace fused_lars {
 namespace {
 
-Element element(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Element::f64;
-    case at::kHalf:
-      return Element::f16;
-    case at::kBFloat16:
-      return Element::bf16;
-    default:
-      return Element::f32;
-  }
-}
-
 template <typename T>
 T* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
 }
 
-// The bucket of the given types, made where there is none yet.
+// The tensors of the bucket with the given types. Makes the bucket if there is none.
 std::vector<LaunchTensor>& bucket_of(std::vector<Bucket>& buckets, const KernelTypes& types) {
   for (auto& bucket : buckets) {
     if (bucket.types == types) return bucket.tensors;
@@ -44,8 +32,8 @@ std::vector<LaunchTensor>& bucket_of(std::vector<Bucket>& buckets, const KernelT
   return buckets.back().tensors;
 }
 
-// Makes a device the current one as long as it lives. c10::cuda::CUDAGuard of torch 2.11 and older would end
-// the process where the device has failed: its destructor is noexcept, and what it calls throws.
+// Makes a device the current one during its lifetime. c10::cuda::CUDAGuard would end the process after a
+// failure of the device, up to torch 2.11: its destructor is noexcept, and what it calls throws.
 class CurrentDevice {
  public:
   explicit CurrentDevice(c10::Device device) : previous_(c10::cuda::current_device()) {
@@ -56,7 +44,7 @@ class CurrentDevice {
   ~CurrentDevice() {
     try {
       C10_CUDA_IGNORE_ERROR(c10::cuda::MaybeSetDevice(previous_));
-    } catch (const std::exception&) {  // a failed device says so at its next call too
+    } catch (const std::exception&) {  // the next call to the device reports the failure too
     }
   }
 
@@ -64,7 +52,7 @@ class CurrentDevice {
   c10::DeviceIndex previous_;
 };
 
-// Launches the buckets on the device of `like`, with the caller's workspace or one of its own.
+// Launches the buckets on the device of `like`. If the caller gave no workspace it makes a temporary one.
 void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups,
                 LaunchOptions options, at::Tensor workspace, const at::Tensor& like) {
   const CurrentDevice current(like.device());
@@ -76,11 +64,12 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
   if (!workspace.defined() || workspace.numel() < words) {
     const bool capturing =
         c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-    // What is zeroed in a capture is not zero yet, so it cannot serve later steps.
+    // During a capture, memory is not zeroed until the graph is replayed, so a step outside of the graph
+    // cannot use it.
     const bool keep = workspace.defined() && !capturing;
     const auto larger =
         at::zeros({keep ? std::max(words, 2 * workspace.numel()) : words}, like.options().dtype(at::kInt));
-    // Not resize_, which would free memory that a captured graph or another stream may still use.
+    // Not resize_: it would free memory that a captured graph or another stream may still use.
     workspace = keep ? workspace.set_(larger) : larger;
   }
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -92,12 +81,12 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
 }  // namespace
 
 void step_cuda(const Step& step) {
-  // Groups of equal content share a row, so that many groups fit in one launch. An equal one, if any, is
-  // likely among the last few.
+  // Equal groups share a row, so that many groups fit in one launch. Only the last rows are searched: an
+  // equal one is most likely there.
   constexpr size_t kLookBack = 16;
   std::vector<GroupRow> rows;
   std::vector<uint32_t> row_of_group;
-  std::vector<at::Tensor> converted;  // lives until the launches are in the stream
+  std::vector<at::Tensor> converted;  // kept until the launches are in the stream
   for (size_t group = 0; group < step.groups.size(); ++group) {
     GroupRow row{.hyperparameters = step.groups[group]};
     if (!step.lr_tensors.empty() && step.lr_tensors[group].defined()) {
@@ -129,7 +118,7 @@ void step_cuda(const Step& step) {
                     .group = row_of_group[tensor.group]});
   };
   if (step.squared_norms.defined()) {
-    // The norms were taken by a launch before this one; what it read last is what L2 still holds.
+    // An earlier launch took the norms, in order. L2 still holds what it read last, so that comes first.
     for (size_t i = step.tensors.size(); i-- > 0;) add(i);
   } else {
     for (size_t i = 0; i < step.tensors.size(); ++i) add(i);
@@ -156,7 +145,7 @@ at::Tensor squared_norms_cuda(const NormCall& call) {
     KernelTypes types{element(param), element(grad), element(param), /*master=*/false};
     if (types.param == Element::f32 && (types.grad == Element::f16 || types.grad == Element::bf16)) {
       types = {types.grad, types.grad, Element::f32, /*master=*/true};
-    } else if (types.grad != types.param && types.grad != Element::f32) {  // a pair that no step has
+    } else if (types.grad != types.param && types.grad != Element::f32) {  // no step has this pair of types
       converted.push_back(param = param.to(at::kDouble));
       converted.push_back(grad = grad.to(at::kDouble));
       types = {Element::f64, Element::f64, Element::f64, /*master=*/false};

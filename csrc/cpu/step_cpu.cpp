@@ -1,10 +1,12 @@
 // The fused step on the CPU.
 //
-// Tensors are cut into tiles of a fixed size; a tensor's norm is the sum of its tiles' sums in tile order,
-// so its bits do not depend on the number of threads. Tensors are taken in batches about as large as the
-// caches: a thread takes the norms of a run of tiles and then, once the batch's trust ratios are known,
-// updates the same run backwards, since what it read last is what its cache still holds. Weights and
-// gradients of a batch that fits are read from memory once: 20 bytes an fp32 parameter instead of 28.
+// Tensors are cut into tiles of a fixed size. The sum of squares of a tensor is the sum of its tiles' sums,
+// added in the order of the tiles. So its bits do not depend on the number of threads.
+//
+// Tensors are processed in batches about as large as the caches. A thread first takes the norms of a run of
+// tiles. Once the trust ratios of the batch are known, it updates the same run backwards, since its cache
+// holds what it read last. If a batch fits in the caches, its weights and gradients are read from memory
+// once. An fp32 element then costs 20 bytes instead of 28.
 
 #include <algorithm>
 #include <cmath>
@@ -21,62 +23,65 @@ namespace fused_lars {
 namespace {
 
 constexpr int64_t kTile = 4096;                    // elements
-constexpr int64_t kTilesPerThread = 8;             // not worth a thread of its own below that
+constexpr int64_t kTilesPerThread = 8;             // fewer are not worth a thread
 constexpr int64_t kTilesPerStretch = 16;           // 512 KiB of fp32 weights and gradients
 constexpr int64_t kCacheBytesPerThread = 1 << 20;  // of weights and gradients; half of a common L2
 
-ElementPointer element_pointer(const at::Tensor& tensor) {
-  if (!tensor.defined()) return {};
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return {tensor.data_ptr(), Element::f64};
-    case at::kHalf:
-      return {tensor.data_ptr(), Element::f16};
-    case at::kBFloat16:
-      return {tensor.data_ptr(), Element::bf16};
-    default:
-      return {tensor.data_ptr(), Element::f32};
-  }
+ElementPointer pointer(const at::Tensor& tensor) {
+  return tensor.defined() ? ElementPointer{tensor.data_ptr(), element(tensor)} : ElementPointer();
+}
+
+TensorPointers pointers(const StepTensor& tensor) {
+  return {pointer(tensor.weight()), pointer(tensor.grad), pointer(tensor.momentum_buffer),
+          tensor.master_param.defined() ? pointer(tensor.param) : ElementPointer()};
 }
 
 int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
 
-// Sums of squares of elements that were multiplied by scales.
+// The sums of squares of a weight and a gradient whose elements were multiplied by `scale`.
 struct ScaledNorms {
   SquaredNorms squared;
   SquaredNorms scale = {1.0, 1.0};
 
   double weight_norm() const { return std::sqrt(squared.weight) / scale.weight; }
   double grad_norm() const { return std::sqrt(squared.grad) / scale.grad; }
-  // Without an intermediate that overflows where the result does not.
+  // Two divisions, because the square of a scale could overflow where the result does not.
   double weight_squared() const { return squared.weight / scale.weight / scale.weight; }
   double grad_squared() const { return squared.grad / scale.grad / scale.grad; }
 };
 
-// One tensor of a batch.
+// One parameter of a batch.
 struct Work {
-  ElementPointer weight, grad;
+  TensorPointers tensors;
   int64_t numel;
   int64_t first_tile;  // within the batch
   int64_t index;       // within the call
   bool needs_norms;
-  std::optional<DecayedGradient<double>> decayed;  // whose norm is the gradient's
+  std::optional<DecayedGradient<double>> decayed;  // with decayed_norm
+  // Set once the norms are known. in_f64() tells which of the two the update uses.
+  Coefficients<float> f32;
+  Coefficients<double> f64;
 
   DecayedNorm decayed_norm() const { return decayed ? &*decayed : nullptr; }
 
-  bool in_f64() const { return weight.element == Element::f64; }
+  bool in_f64() const { return tensors.weight.element == Element::f64; }
 };
 
-// Consecutive tensors that are processed together.
+// Consecutive parameters that are processed together.
 class Batch {
  public:
-  void add(const at::Tensor& weight, const at::Tensor& grad, int64_t index, bool needs_norms,
-           const Hyperparameters& group, double grad_scale) {
-    const int64_t numel = weight.numel();
-    work_.push_back({element_pointer(weight), element_pointer(grad), numel, tiles_, index, needs_norms, {}});
-    if (group.decayed_norm) work_.back().decayed = decayed_gradient<double>(group, grad_scale);
+  void add(const StepTensor& tensor, int64_t index, bool needs_norms, const Hyperparameters& group,
+           double grad_scale) {
+    const int64_t numel = tensor.param.numel();
+    Work& work = work_.emplace_back();
+    work.tensors = pointers(tensor);
+    work.numel = numel;
+    work.first_tile = tiles_;
+    work.index = index;
+    work.needs_norms = needs_norms;
+    if (group.decayed_norm) work.decayed = decayed_gradient<double>(group, grad_scale);
     tiles_ += tiles_of(numel);
-    bytes_ += numel * static_cast<int64_t>(weight.element_size() + grad.element_size());
+    bytes_ += numel * static_cast<int64_t>(tensor.weight().element_size() + tensor.grad.element_size());
     any_norms_ |= needs_norms;
   }
   bool full() const { return bytes_ >= kCacheBytesPerThread * at::get_num_threads(); }
@@ -85,9 +90,9 @@ class Batch {
     tiles_ = bytes_ = 0;
     any_norms_ = false;
   }
-  const std::vector<Work>& work() const { return work_; }
+  std::vector<Work>& work() { return work_; }
 
-  // Norms of each tensor of the batch, in the order of work(); 0 where they are not needed.
+  // The norms of each parameter of the batch, in the order of work(). Those that are not needed are 0.
   const std::vector<ScaledNorms>& norms() {
     norms_.assign(work_.size(), {});
     if (!any_norms_) return norms_;
@@ -96,7 +101,8 @@ class Batch {
     for_tiles([&](const Work& work, int64_t tile, int64_t offset, int64_t count) {
       if (!work.needs_norms) return;
       const auto norms = work.in_f64() ? kernels.squared_norms_f64 : kernels.squared_norms_f32;
-      partials_[work.first_tile + tile] = norms(work.weight, work.grad, work.decayed_norm(), offset, count);
+      partials_[work.first_tile + tile] =
+          norms(work.tensors.weight, work.tensors.grad, work.decayed_norm(), offset, count);
     });
     bool any_scaled = false;
     for (size_t k = 0; k < work_.size(); ++k) {
@@ -111,8 +117,8 @@ class Batch {
   }
 
   // Calls f(work, tile, offset, count) for every tile of the batch, in parallel. A thread gets the same run
-  // of tiles in every call. Where `reversed`, it takes the end of its run first, in stretches long enough for
-  // the processor's prefetching.
+  // of tiles in every call. If `reversed`, it starts at the end of its run and goes back stretch by stretch.
+  // Within a stretch it goes forwards, as the processor's prefetching needs.
   template <typename F>
   void for_tiles(F f, bool reversed = false) const {
     at::parallel_for(0, tiles_, kTilesPerThread, [&](int64_t begin, int64_t end) {
@@ -147,7 +153,7 @@ class Batch {
     return sum;
   }
 
-  // Takes the sums again that have a scale. What has none keeps its sum.
+  // Takes the sums again whose scale is not 1. The others stay.
   void take_scaled_norms() {
     const auto& kernels = tile_kernels();
     const auto norms_of = [&](const Work& work) -> ScaledNorms& { return norms_[&work - work_.data()]; };
@@ -155,8 +161,8 @@ class Batch {
       const SquaredNorms& scale = norms_of(work).scale;
       if (scale.weight == 1.0 && scale.grad == 1.0) return;
       const auto norms = work.in_f64() ? kernels.scaled_squared_norms_f64 : kernels.scaled_squared_norms_f32;
-      partials_[work.first_tile + tile] =
-          norms(work.weight, work.grad, work.decayed_norm(), offset, count, scale.weight, scale.grad);
+      partials_[work.first_tile + tile] = norms(work.tensors.weight, work.tensors.grad, work.decayed_norm(),
+                                                offset, count, scale.weight, scale.grad);
     });
     for (const Work& work : work_) {
       ScaledNorms& norms = norms_of(work);
@@ -174,13 +180,6 @@ class Batch {
   bool any_norms_ = false;
 };
 
-// What the tiles of one tensor need to be updated.
-struct Update {
-  UpdateTile tile;
-  Coefficients<float> f32;
-  Coefficients<double> f64;
-};
-
 double scalar_or(const at::Tensor& tensor, double otherwise) {
   return tensor.defined() ? *tensor.const_data_ptr<float>() : otherwise;
 }
@@ -195,8 +194,8 @@ void step_cpu(const Step& step) {
   double* layer_norms = step.layer_norms.defined() ? step.layer_norms.mutable_data_ptr<double>() : nullptr;
   const auto& kernels = tile_kernels();
 
-  std::vector<Update> updates(step.tensors.size());
-  const auto prepare = [&](int64_t i, const ScaledNorms& norms) {
+  const auto prepare = [&](Work& work, const ScaledNorms& norms) {
+    const int64_t i = work.index;
     const auto& tensor = step.tensors[i];
     const auto& group = step.groups[tensor.group];
     const double q = trust_ratio(group, group.lr, norms.weight_norm(), norms.grad_norm(), grad_scale);
@@ -211,18 +210,14 @@ void step_cpu(const Step& step) {
       first_step = applied == 0.0f;
       applied += 1.0f;
     }
-    updates[i] = {{element_pointer(tensor.weight()), element_pointer(tensor.grad),
-                   element_pointer(tensor.momentum_buffer),
-                   tensor.master_param.defined() ? element_pointer(tensor.param) : ElementPointer()},
-                  coefficients<float>(group, group.lr, q, grad_scale, first_step),
-                  coefficients<double>(group, group.lr, q, grad_scale, first_step)};
+    work.f32 = coefficients<float>(group, group.lr, q, grad_scale, first_step);
+    work.f64 = coefficients<double>(group, group.lr, q, grad_scale, first_step);
   };
   const auto update = [&](const Work& work, int64_t, int64_t offset, int64_t count) {
-    const Update& u = updates[work.index];
     if (work.in_f64()) {
-      kernels.update_f64(u.f64, u.tile, offset, count);
+      kernels.update_f64(work.f64, work.tensors, offset, count);
     } else {
-      kernels.update_f32(u.f32, u.tile, offset, count);
+      kernels.update_f32(work.f32, work.tensors, offset, count);
     }
   };
 
@@ -230,8 +225,9 @@ void step_cpu(const Step& step) {
   const auto flush = [&] {
     const auto& norms = batch.norms();
     for (size_t k = 0; k < norms.size(); ++k) {
-      const int64_t i = batch.work()[k].index;
-      prepare(i, given ? ScaledNorms{{given[2 * i], given[2 * i + 1]}} : norms[k]);
+      Work& work = batch.work()[k];
+      const int64_t i = work.index;
+      prepare(work, given ? ScaledNorms{{given[2 * i], given[2 * i + 1]}} : norms[k]);
     }
     batch.for_tiles(update, /*reversed=*/true);
     batch.clear();
@@ -239,7 +235,7 @@ void step_cpu(const Step& step) {
   for (size_t i = 0; i < step.tensors.size(); ++i) {
     const auto& tensor = step.tensors[i];
     const auto& group = step.groups[tensor.group];
-    batch.add(tensor.weight(), tensor.grad, static_cast<int64_t>(i),
+    batch.add(tensor, static_cast<int64_t>(i),
               /*needs_norms=*/!given && (layer_norms || group.layer_adaptation), group, grad_scale);
     if (batch.full()) flush();
   }
@@ -253,8 +249,10 @@ at::Tensor squared_norms_cpu(const NormCall& call) {
   const double grad_scale = scalar_or(call.grad_scale, 1.0);
   Batch batch;
   for (int64_t i = 0; i < count; ++i) {
-    batch.add(call.params[i], call.grads[i], i, /*needs_norms=*/true, call.groups[call.group_of[i]],
-              grad_scale);
+    StepTensor tensor;  // without state, for norms alone
+    tensor.param = call.params[i];
+    tensor.grad = call.grads[i];
+    batch.add(tensor, i, /*needs_norms=*/true, call.groups[call.group_of[i]], grad_scale);
   }
   const auto& norms = batch.norms();
   for (size_t i = 0; i < norms.size(); ++i) {

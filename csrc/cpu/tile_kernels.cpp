@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, with FUSED_LARS_ISA naming the variant. Everything here has
-// internal linkage except the one table at the end: see the hazard in tile_kernels.h.
+// Compiled once for each instruction set; FUSED_LARS_ISA names the variant. Everything here has internal
+// linkage, except the table at the end. tile_kernels.h names the hazard.
 
 #include "tile_kernels.h"
 
@@ -29,7 +29,7 @@ struct VectorOf {
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 
-// memcpy, since storage may be aligned to its elements only.
+// memcpy, because memory may be aligned to elements only, not to vectors.
 template <typename T>
 FUSED_LARS_INLINE Vector<T> load(const T* from) {
   Vector<T> x;
@@ -55,7 +55,7 @@ FUSED_LARS_INLINE uint32_t float_to_bits(float x) {
 }
 
 FUSED_LARS_INLINE float from_bf16(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 FUSED_LARS_INLINE uint16_t to_bf16(float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -66,7 +66,7 @@ FUSED_LARS_INLINE uint16_t to_bf16(float x) {
 FUSED_LARS_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
 FUSED_LARS_INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 #else
-// Exact: the exponent is rebased by a multiplication, which also handles subnormal numbers.
+// Exact. A multiplication corrects the exponent, which also works for subnormal numbers.
 FUSED_LARS_INLINE float from_f16(uint16_t x) {
   const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
@@ -74,8 +74,8 @@ FUSED_LARS_INLINE float from_f16(uint16_t x) {
   const float rebased = bits_to_float(magnitude) * 0x1p112f;
   return bits_to_float((special ? magnitude | 0x7f800000 : float_to_bits(rebased)) | sign);
 }
-// To nearest, ties to even: adding and removing a power of two whose last place is that of the result
-// lets the addition round.
+// Rounds to nearest, ties to even. For subnormal results an addition does the rounding: it adds a power of
+// two whose last place is that of the result, and the power is then taken off.
 FUSED_LARS_INLINE uint16_t to_f16(float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000;
@@ -127,7 +127,8 @@ FUSED_LARS_INLINE void narrow_f16(const float* from, uint16_t* to, int64_t count
 template <typename T>
 constexpr Element element_of = sizeof(T) == sizeof(float) ? Element::f32 : Element::f64;
 
-// `count` elements from `offset` as T: the memory itself where it holds T, else converted into `scratch`.
+// Returns `count` elements from `offset` as T. If the memory holds T this is the memory itself; otherwise the
+// elements are converted into `scratch`.
 template <typename T>
 FUSED_LARS_INLINE T* open(ElementPointer x, int64_t offset, int64_t count, T* scratch) {
   if (x.element == element_of<T>) return static_cast<T*>(x.data) + offset;
@@ -142,7 +143,8 @@ FUSED_LARS_INLINE T* open(ElementPointer x, int64_t offset, int64_t count, T* sc
   return scratch;
 }
 
-// Writes `values` to `count` elements from `offset`, unless open() gave out that memory itself.
+// Writes `values` to `count` elements from `offset`. There is nothing to write if open() returned the memory
+// itself.
 template <typename T>
 FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, const T* values) {
   if (x.element == element_of<T>) return;
@@ -158,14 +160,15 @@ FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, co
 
 // ---------------------------------------------------------------- squared norm
 
-// Sums squares in a fixed number of lanes: element i always joins lane i % kLanes, whatever the width of
-// a vector. Several vectors of lanes, since one accumulator would wait for each addition's latency.
+// Sums squares in a fixed number of lanes. Element i is always added to lane i % kLanes, whatever the width
+// of a vector. The lanes fill several vectors, because a single one would wait for the latency of each
+// addition.
 template <typename T>
 class SquareSum {
  public:
   static constexpr int64_t kLanes = 128 / sizeof(T);
 
-  // element(i) are those from i on, as a vector.
+  // element(i) returns a vector of the elements from i on.
   template <typename Elements>
   FUSED_LARS_INLINE void add_lanes_of(const Elements& element) {
     for (int64_t k = 0; k < kVectors; ++k) {
@@ -191,7 +194,7 @@ class SquareSum {
   Vector<T> sums_[kVectors] = {};
 };
 
-// A copy of fewer than kLanes elements, the last ones, filled up with zeros.
+// A copy of the last elements, which are fewer than kLanes, filled up with zeros.
 template <typename T>
 class Rest {
  public:
@@ -202,8 +205,8 @@ class Rest {
   T padded_[SquareSum<T>::kLanes] = {};
 };
 
-// Both tensors in one loop: a core that only reads is held up by memory's latency, less so with two streams
-// and a request ahead of each than with one.
+// One loop reads both tensors. A core that only reads waits for the latency of memory. Two streams, each with
+// prefetches ahead, wait less than one.
 template <typename T, bool is_decayed>
 FUSED_LARS_INLINE SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad,
                                              const DecayedGradient<T>& decayed, int64_t offset,
@@ -239,7 +242,7 @@ FUSED_LARS_INLINE SquaredNorms squared_norms(ElementPointer weight, ElementPoint
   return {weight_sum.total(), grad_sum.total()};
 }
 
-// The same factors in the type of computation, multiplied by a power of two.
+// The factors as T, the type that elements are computed in, multiplied by a power of two.
 template <typename T>
 FUSED_LARS_INLINE DecayedGradient<T> scaled(const DecayedGradient<double>& decayed, double scale = 1.0) {
   return {static_cast<T>(decayed.grad_gain * scale), static_cast<T>(decayed.weight_decay * scale)};
@@ -252,7 +255,8 @@ SquaredNorms squared_norms(ElementPointer weight, ElementPointer grad, DecayedNo
   return squared_norms<T, false>(weight, grad, {}, offset, count);
 }
 
-// Seldom needed, so without haste: of the elements x(i, n) gives, which are converted to T.
+// The sum of squares of `count` elements. x(i, n, to) writes n of them, from i on, to `to`. It is seldom
+// needed, so it is simple rather than fast.
 template <typename T, typename Elements>
 FUSED_LARS_INLINE double scaled_squared_norm(int64_t count, const Elements& x) {
   constexpr int64_t kLanes = SquareSum<T>::kLanes;
@@ -312,31 +316,31 @@ FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T
 }
 
 template <typename T>
-void update_tile(const Coefficients<T>& c, const UpdateTile& tile, int64_t offset, int64_t count) {
+void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_t offset, int64_t count) {
   T weight_scratch[kChunk], grad_scratch[kChunk], buffer_scratch[kChunk];
-  const bool has_momentum = tile.momentum_buffer.data != nullptr;
-  const bool has_low_precision = tile.low_precision.data != nullptr;
-  const bool converts = tile.weight.element != element_of<T> || tile.grad.element != element_of<T> ||
-                        (has_momentum && tile.momentum_buffer.element != element_of<T>);
+  const bool has_momentum = tensors.momentum_buffer.data != nullptr;
+  const bool has_low_precision = tensors.low_precision.data != nullptr;
+  const bool converts = tensors.weight.element != element_of<T> || tensors.grad.element != element_of<T> ||
+                        (has_momentum && tensors.momentum_buffer.element != element_of<T>);
   const int64_t chunk = converts ? kChunk : count;
   for (int64_t i = 0; i < count; i += chunk) {
     const int64_t n = std::min(chunk, count - i);
     const int64_t at = offset + i;
-    T* weight = open(tile.weight, at, n, weight_scratch);
-    const T* grad = open(tile.grad, at, n, grad_scratch);
+    T* weight = open(tensors.weight, at, n, weight_scratch);
+    const T* grad = open(tensors.grad, at, n, grad_scratch);
     if (has_momentum) {
-      T* buffer = open(tile.momentum_buffer, at, n, buffer_scratch);
+      T* buffer = open(tensors.momentum_buffer, at, n, buffer_scratch);
       if (c.nesterov) {
         update_run<T, true, true>(c, weight, grad, buffer, n);
       } else {
         update_run<T, false, true>(c, weight, grad, buffer, n);
       }
-      close(tile.momentum_buffer, at, n, buffer);
+      close(tensors.momentum_buffer, at, n, buffer);
     } else {
       update_run<T, false, false>(c, weight, grad, nullptr, n);
     }
-    close(tile.weight, at, n, weight);
-    if (has_low_precision) close(tile.low_precision, at, n, weight);
+    close(tensors.weight, at, n, weight);
+    if (has_low_precision) close(tensors.low_precision, at, n, weight);
   }
 }
 

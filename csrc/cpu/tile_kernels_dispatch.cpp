@@ -14,7 +14,7 @@ extern const TileKernels tile_kernels_avx512;
 const TileKernels& tile_kernels() {
   static const TileKernels& best = []() -> const TileKernels& {
 #ifdef __x86_64__
-    // torch's own switch, so that one variable holds the whole process to an instruction set.
+    // This is torch's own switch. One variable limits the whole process to an instruction set.
     const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string_view wanted = variable ? variable : "";
     if (wanted == "default") return tile_kernels_baseline;

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_versions
 from devices import has_kernels
@@ -282,6 +283,41 @@ def test_a_parameter_that_overlaps_itself(op):
     leaves[0].param = torch.ones(1).expand(5)
     with pytest.raises(ValueError, match=r"params\[0\] overlaps itself"):
         call_op(leaves, op=op)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_check_step_refuses_what_step_refuses_and_writes_nothing(device, tensor_lr):
+    leaves = make_leaves(device)
+    before = snapshot(leaves)
+    assert call_op(leaves, tensor_lr=tensor_lr, op="check_step").isnan().all()
+    assert_unchanged(leaves, before)
+    leaves[3].momentum_buffer = leaves[3].momentum_buffer[:-1]
+    messages = []
+    for op in ("step_", "check_step"):
+        with pytest.raises(ValueError, match=r"momentum_buffers\[3\] has shape") as error:
+            call_op(leaves, tensor_lr=tensor_lr, op=op)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+class SeenOps(TorchDispatchMode):
+    """The names of the ops that a dispatch mode gets to see."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_steps_but_no_checks():
+    params, grads = [torch.ones(3)], [torch.ones(3)]
+    with SeenOps() as seen:
+        call(params, grads, op="check_step")
+        call(params, grads)
+    assert seen.names == ["fused_lars::step_"]
 
 
 def test_lists_of_the_wrong_length():

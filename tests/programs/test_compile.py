@@ -76,7 +76,7 @@ def optional_arguments(device):
 
 def every_op(device):
     lr_tensors = [torch.tensor(lr, device=device) for lr in LR]
-    for name in ("step_", "reference_step_"):
+    for name in ("step_", "reference_step_", "check_step"):
         op = getattr(OPS, name)
         yield op.default, step_arguments(device), {"lr": LR, **OPTIONS}
         yield op.default, step_arguments(device), {"lr": LR, **OPTIONS, **optional_arguments(device)}

@@ -1,7 +1,6 @@
 """The calls of the op that a step makes: their lists, and what outlives a step."""
 
 import re
-from functools import partial
 from operator import is_, itemgetter
 from typing import Any, overload
 
@@ -26,9 +25,6 @@ _get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 
 # What the op takes as it is; most often nothing is there but these.
 _NUMBER_TYPES, _BOOLS = {float, int}, {True, False}
-
-# The op's kernel for meta tensors checks its arguments and does nothing else.
-_META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 
 
 class OpCall:
@@ -91,11 +87,8 @@ class OpCall:
         # A trace takes a number of a list for a constant, and a tensor for an input.
         if torch.compiler.is_compiling() or not _NUMBER_TYPES.issuperset(map(type, values["lr"])):
             overload = self._prepare_lr(values)
-        if check_only:
-            op = partial(getattr(torch.ops.fused_lars.step_, overload).redispatch, _META)
-        else:
-            ops = torch.ops.fused_lars
-            op = getattr(ops.reference_step_ if self.reference else ops.step_, overload)
+        ops = torch.ops.fused_lars
+        op = ops.check_step if check_only else ops.reference_step_ if self.reference else ops.step_
         if self.found_inf is not None:
             found_inf = self.found_inf
         if self._kept is not None and overload == "default" and not check_only:
@@ -104,7 +97,7 @@ class OpCall:
             )
             return
         with torch.set_grad_enabled(self.differentiable):
-            op(
+            getattr(op, overload)(
                 *(self.local or self.lists),
                 self.group_sizes(),
                 **values,

@@ -1,6 +1,7 @@
 #pragma once
 
-// All of fused_lars: the optimizers Lars (by parameter id) and LARS (over torch::optim), the ops and errors.
+// All of fused_lars: the optimizers Lars (keyed by parameter id) and LARS (a torch::optim::Optimizer), the
+// ops and the errors.
 
 #include "fused_lars/errors.h"
 #include "fused_lars/hyperparameters.h"

@@ -1,6 +1,6 @@
 #pragma once
 
-// Plain data: CUDA kernels receive this struct as it is, so it includes nothing of torch.
+// CUDA kernels receive this struct as it is, so it is plain data and includes nothing of torch.
 
 #include "fused_lars/export.h"
 
@@ -20,13 +20,13 @@ struct Hyperparameters {
   bool layer_adaptation = true;
   bool decayed_norm = false;  // the ratio divides by |g' + weight_decay * w|
   bool classic_momentum = true;
-  bool master_weights = false;  // fp16 and bf16 parameters only; others are their own masters
+  bool master_weights = false;  // an fp32 master for each fp16 or bf16 parameter; others have none
 
   bool operator==(const Hyperparameters&) const = default;
 };
 
-// Calls visit(name, member) for every field, in the order in which the ops have them. The ops' schemas and
-// their arguments, what optimizers hand over and what they store follow from it.
+// Calls visit(name, member) for every field, in the order of the ops' arguments. This one list makes the ops'
+// schemas, the reading of their arguments, and what optimizers pass on and store.
 template <typename Visit>
 void for_each_hyperparameter(const Visit& visit) {
   visit("lr", &Hyperparameters::lr);
@@ -44,8 +44,8 @@ void for_each_hyperparameter(const Visit& visit) {
   visit("master_weights", &Hyperparameters::master_weights);
 }
 
-// Throws the typed error of the first value that is out of range; `group` is named in its message
-// unless negative.
+// Throws the error type that belongs to the first value out of range. The message names `group`, unless that
+// is negative.
 FUSED_LARS_API void validate(const Hyperparameters& hyperparameters, long group = -1);
 
 }  // namespace fused_lars

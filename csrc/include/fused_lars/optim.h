@@ -9,18 +9,19 @@
 #include <set>
 #include <string>
 #include <type_traits>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "fused_lars/errors.h"
 #include "fused_lars/export.h"
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/workspaces.h"
 
 namespace fused_lars {
 
-// When the trust ratio is used: true, false, or "decayed": where the group's weight_decay is greater than 0,
-// as timm and lightly have it, whose groups of bias and norms are told by weight_decay 0 alone.
+// Whether a group's parameters get a trust ratio: true, false, or "decayed", which means true if the group's
+// weight_decay is greater than 0. timm and lightly do that, since weight_decay 0 is all that marks their
+// groups of biases and norm layers.
 class FUSED_LARS_API LayerAdaptation {
  public:
   template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
@@ -28,10 +29,10 @@ class FUSED_LARS_API LayerAdaptation {
   // Throws InvalidOption for any text but "decayed".
   LayerAdaptation(const char* text);  // NOLINT(google-explicit-constructor)
 
-  // Whether parameters with this weight decay are adapted.
+  // Whether parameters with this weight decay get a trust ratio.
   bool at(double weight_decay) const { return kind_ == kDecayed ? weight_decay > 0.0 : kind_ == kOn; }
 
-  // A bool or the text, as they are stored.
+  // The form in which it is stored: a bool or the text.
   torch::IValue to_ivalue() const;
   static LayerAdaptation from_ivalue(const torch::IValue& value);
 
@@ -41,7 +42,7 @@ class FUSED_LARS_API LayerAdaptation {
   enum Kind : uint8_t { kOff, kOn, kDecayed } kind_;
 };
 
-// The accessors of TORCH_ARG for `field`; the setter remembers that the option was given.
+// The accessors of TORCH_ARG for `field`. The setter also records that the option was given.
 #define FUSED_LARS_OPTION(T, name, field)          \
   LARSOptions& name(const T& value) {              \
     field = value;                                 \
@@ -52,12 +53,13 @@ class FUSED_LARS_API LayerAdaptation {
   T& name() noexcept { return field; }             \
   static_assert(true)
 
-// The options of an optimizer or of a param group. Meaning and ranges: fused_lars/hyperparameters.h. Used as
-// torch::optim::SGDOptions is: options.lr(0.1).momentum(0.9), and options.lr() is a double&.
+// The options of an optimizer or of a param group. fused_lars/hyperparameters.h has their meanings and
+// ranges. They are used like torch::optim::SGDOptions: options.lr(0.1).momentum(0.9), and options.lr() is a
+// double&.
 //
-// A param group inherits from the optimizer's defaults what it was not given. Given is what a setter was
-// called for, whatever the value, so weight_decay(0) in a group is 0 there. What is assigned through a
-// reference (options.eps() = 1e-8) counts as given unless it is the default value.
+// A param group takes the options that it was not given from the optimizer's defaults. An option is given
+// once its setter was called, whatever the value: weight_decay(0) in a group is 0 there. An option that was
+// assigned through a reference (options.eps() = 1e-8) counts as given if it differs from the default value.
 struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARSOptions> {
   LARSOptions() = default;
   LARSOptions(double lr);  // NOLINT(google-explicit-constructor): as torch::optim::SGDOptions
@@ -77,7 +79,7 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
   FUSED_LARS_OPTION(bool, master_weights, values_.master_weights);
 
   Hyperparameters hyperparameters() const;
-  // These options, with what was not given taken from `defaults`.
+  // Returns these options, with those that were not given taken from `defaults`.
   LARSOptions inherit(const LARSOptions& defaults) const;
 
   double get_lr() const override { return lr(); }
@@ -87,21 +89,21 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
   FUSED_LARS_API friend bool operator==(const LARSOptions& left, const LARSOptions& right);
 
  private:
-  Hyperparameters values_;  // but for layer_adaptation
+  Hyperparameters values_;  // its layer_adaptation is not used
   LayerAdaptation layer_adaptation_ = true;
   std::set<std::string> given_;
 };
 
 #undef FUSED_LARS_OPTION
 
-// What LARS keeps for a parameter. An undefined tensor is one that the parameter's group does not need.
+// What LARS keeps for a parameter. A tensor that the parameter's group does not need is undefined.
 struct FUSED_LARS_API LARSParamState : torch::optim::OptimizerCloneableParamState<LARSParamState> {
   TORCH_ARG(at::Tensor, momentum_buffer);
-  TORCH_ARG(at::Tensor, master_param);  // fp32, of an fp16 or bf16 parameter
-  TORCH_ARG(at::Tensor, step);          // updates applied so far; kept with dampening only
+  TORCH_ARG(at::Tensor, master_param);  // fp32; for fp16 and bf16 parameters
+  TORCH_ARG(at::Tensor, step);          // the updates applied so far; with dampening
 
  public:
-  // The parameter's version and address after the last step, which a write changes; not stored.
+  // The parameter's version and address after the last step. A write changes one of them. It is not saved.
   std::optional<std::pair<uint32_t, const void*>> mark;
 
   void serialize(torch::serialize::InputArchive& archive) override;
@@ -112,33 +114,36 @@ struct FUSED_LARS_API LARSParamState : torch::optim::OptimizerCloneableParamStat
 //
 //   fused_lars::LARS optimizer(model->parameters(), fused_lars::LARSOptions(10.5).momentum(0.9));
 //
-// All groups are stepped by one op call for each device. Parameters without a gradient are left alone. What
-// is written into a parameter with a master between steps stays, and costs its other elements nothing. Throws
-// a fused_lars::Error before anything has changed; the optimizer and its groups are checked when they are
-// made, and what was changed in their options afterwards by step().
+// A step makes one op call for each device, for all groups. It leaves parameters without a gradient alone. If
+// elements of a parameter with a master are written between two steps, the master takes those elements over
+// and keeps its others.
+//
+// Options are checked when the optimizer or a group is made, and again by each step, since they may change in
+// between. If a method throws a fused_lars::Error, nothing has changed.
 class FUSED_LARS_API LARS : public torch::optim::Optimizer {
  public:
   explicit LARS(const std::vector<torch::optim::OptimizerParamGroup>& param_groups,
                 LARSOptions defaults = {});
   explicit LARS(std::vector<at::Tensor> params, LARSOptions defaults = {});
 
-  // Hides Optimizer::add_param_group, which merges the options of torch's own optimizers only. Groups
-  // that are added through a reference to the base class lose their options or do not inherit.
+  // Hides Optimizer::add_param_group, which can merge the options of torch's own optimizers only. A group
+  // that is added through a reference to the base class loses its options or does not inherit any.
   void add_param_group(const torch::optim::OptimizerParamGroup& param_group);
 
-  // Runs `closure`, if there is one, with gradients enabled, then the update. Returns the closure's loss.
+  // Runs `closure`, if given, with gradients enabled, and then updates the parameters. Returns the closure's
+  // loss.
   at::Tensor step(LossClosure closure = nullptr) override;
 
   void save(torch::serialize::OutputArchive& archive) const override;
-  // Takes over the state and the options of an optimizer with the same groups. State moves to the device and
-  // the dtype of its parameter; fp32 state of an fp16 or bf16 parameter stays fp32. Throws an Error, and
-  // changes nothing, where state does not fit its parameter.
+  // Loads the state and the options of an optimizer with the same groups. State is moved to the device and
+  // converted to the dtype of its parameter, but fp32 state of an fp16 or bf16 parameter stays fp32. Throws
+  // an Error, and changes nothing, if state does not fit its parameter.
   void load(torch::serialize::InputArchive& archive) override;
 
  private:
   void check_distinct(const std::vector<at::Tensor>& params, size_t group) const;
 
-  std::unordered_map<at::Device, std::vector<at::Tensor>> workspaces_;
+  Workspaces workspaces_;
 };
 
 }  // namespace fused_lars
