@@ -298,7 +298,7 @@ class _Part:
         if rank_set.is_dtensor:
             self._local, self._specs = [*map(_get_local, params)], [*map(_get_spec, params)]
 
-    def local_grads(self, grads: list[Tensor | None]) -> list[Tensor] | None:
+    def local_grads(self, grads: list) -> list[Tensor] | None:
         """What this rank holds of the gradients.
 
         None where a gradient is missing or is not placed as its parameter is, or where a parameter holds
