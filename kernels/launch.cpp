@@ -17,7 +17,7 @@ class Tiling {
   Tiling(const Kernel& kernel, const std::vector<GroupRow>& groups, const LaunchOptions& options)
       : kernel_(kernel), groups_(groups), options_(options) {}
 
-  // At least one, so that an empty tensor's trust ratio is written like any other.
+  // At least one, so that the trust ratio of an empty tensor is written too.
   uint32_t tiles(const LaunchTensor& tensor) const {
     return static_cast<uint32_t>(std::max<int64_t>(1, (tensor.numel + kernel_.tile - 1) / kernel_.tile));
   }

@@ -2,23 +2,23 @@
 
 // The order in which the blocks of the CUDA step take their work.
 //
-// Tensors are cut into tiles. A tensor's update needs the norms of the whole tensor, so a tile is visited
-// twice: a norm item reads its weights and gradients, and an update item reads them again, soon enough to
-// find them in L2. Blocks draw tickets from one counter, and ticket k names the k-th item of
+// Tensors are cut into tiles. A tensor's update needs the norms of the whole tensor, so each tile is visited
+// twice. A norm item reads its weights and gradients. An update item reads them again, soon enough to find
+// them in L2. Blocks draw tickets from one counter, and ticket k stands for the k-th item of
 //
 //   norm items of tensor 0 and of the distance(0) norm items after it, update items of tensor 0,
 //   norm items up to distance(1) after tensor 1,                       update items of tensor 1, ...
 //
-// so norms run ahead by no more than the tensor in hand and its distance: enough that they are ready when
-// their updates come, little enough that what they read has not left L2. A large tensor fills L2 itself, so
-// its distance is shorter.
+// Norms run ahead of updates by one tensor and its distance. That is far enough for most norms to be ready
+// when their updates come, and near enough for what they read to be in L2 still. A large tensor fills L2 by
+// itself, so its distance is shorter.
 //
-// No block ever waits in vain, however few of them are resident. A block works off its tickets in rising
-// order, norm items never wait, and an update item waits only for norm items with lower tickets. So the
-// block with the lowest unfinished ticket can always run.
+// There is no deadlock, however few blocks are resident. A block works off its tickets in rising order. Norm
+// items never wait, and an update item waits only for norm items with lower tickets. So the block that has
+// the lowest unfinished ticket can always run, and it has finished all tickets that it drew before.
 //
-// A tensor may have no norm items (its norms are given, not needed, or taken by its only update item), and
-// a launch may have no update items.
+// A tensor has no norm items if its norms are given, or not needed, or taken by its only update item. A
+// launch may have no update items.
 
 #include <cstdint>
 

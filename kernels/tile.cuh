@@ -95,15 +95,15 @@ struct AccessOf<uint32_t, 2> {
 template <typename P>
 using Access = typename AccessOf<typename P::Word, P::kWords>::Type;
 
-// kLast: this step does not read it again, so L2 may evict it first. Else a later item will.
+// kLast: this step does not read the element again, so L2 may evict it first.
 template <bool kLast, typename T>
 __device__ __forceinline__ T load_hinted(const T* from) {
   return kLast ? __ldcs(from) : __ldcg(from);
 }
 
-// kVector elements at `from`, of which `inside` exist and the others are 0: by one access if all exist and
-// are aligned for it, else one by one, where L1 makes up for the sectors that several accesses share. (No
-// element is read after it was written in the same launch, so L1 cannot be stale.)
+// Loads kVector elements, of which the first `inside` exist; the others become 0. One access does it if all
+// exist and are aligned. Otherwise elements are loaded one by one through L1, because several of these
+// accesses share a sector. L1 is never stale: no element is read after it was written in the same launch.
 template <bool kLast, typename T, int kVector>
 __device__ __forceinline__ void load(Packed<T, kVector>& to, const T* from, bool aligned, int inside) {
   using A = Access<Packed<T, kVector>>;
@@ -190,8 +190,8 @@ class TileAgent {
     return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
   }
 
-  // The same in each lane of a warp that calls this together, of elements multiplied by scales. Reads the
-  // tile again, since only that warp knows that it must.
+  // The same sums of elements that are multiplied by `scale`, in each lane of the calling warp. This warp
+  // alone knows that the plain sums were out of range, so it reads the whole tile again.
   static __device__ __forceinline__ Sums<Compute> scaled_squared_sums(const Tile<Types>& tile,
                                                                       Sums<Compute> scale,
                                                                       NormOf<Compute> of) {
