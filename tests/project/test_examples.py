@@ -38,15 +38,19 @@ def without_labels(image):
     return image[:, : image.shape[1] * 2 // 3]
 
 
+def run_and_read(command, plot):
+    """What an example prints, its JSON, and its picture."""
+    printed = run(*command, "--output", plot)
+    return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
+
+
 # 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
 DIGITS = ("examples/digits.py", "--quick", "--batch-sizes", 75, 1280)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    plot = tmp_path_factory.mktemp("digits") / "digits.png"
-    printed = run(*DIGITS, "--output", plot)
-    return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
+    return run_and_read(DIGITS, tmp_path_factory.mktemp("digits") / "digits.png")
 
 
 def test_digits_are_learnt(digits):
@@ -91,9 +95,7 @@ SELF_SUPERVISED = ("examples/self_supervised.py", "--quick", "--batch-size", 75)
 
 @pytest.fixture(scope="module")
 def self_supervised(tmp_path_factory):
-    plot = tmp_path_factory.mktemp("self_supervised") / "self_supervised.png"
-    printed = run(*SELF_SUPERVISED, "--output", plot)
-    return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
+    return run_and_read(SELF_SUPERVISED, tmp_path_factory.mktemp("self_supervised") / "self_supervised.png")
 
 
 def test_self_supervised_features_are_better_than_untrained_ones(self_supervised):

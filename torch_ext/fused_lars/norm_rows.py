@@ -27,7 +27,7 @@ class NormRows:
         self._begin = 0
         self._spans: list[tuple[int, int, Peers]] = []
         self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
-        # The rows' weights, kept in C++ for norms that are taken again.
+        # The op's call, which keeps the rows' weights in C++ for norms that are taken again.
         self._prepared: Any = None
 
     def add(
@@ -86,8 +86,6 @@ class NormRows:
         """Keeps the rows but no gradients, for the next step."""
         # Between two steps a gradient's memory is its owner's.
         self._grads.clear()
-        if self._prepared is None and self._found_inf is None and self._spans:
-            self._prepared = torch.classes.fused_lars.PreparedNorms(self._weights, self._group_sizes)
 
     def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same rows for another step: the gradients of each set of ranks in turn."""
@@ -112,21 +110,11 @@ class NormRows:
         options.update({index: _norm_options(group) for index, group in enumerate(param_groups)})
         columns = zip(*map(options.__getitem__, self._group_indices))
         weight_decay, maximize, decayed_norm = map(list, columns)
-        if self._prepared is not None:
-            self._norms = self._prepared.run_with(
-                self._grads, weight_decay, maximize, decayed_norm, self._grad_scale, workspace.tensor
-            )
-        else:
-            self._norms = torch.ops.fused_lars.squared_norms.groups(
-                self._weights,
-                self._grads,
-                self._group_sizes,
-                weight_decay=weight_decay,
-                maximize=maximize,
-                decayed_norm=decayed_norm,
-                grad_scale=self._grad_scale,
-                workspace=workspace.tensor,
-            )
+        if self._prepared is None:
+            self._prepared = torch.classes.fused_lars.PreparedNorms(self._weights, self._group_sizes)
+        self._norms = self._prepared.run_with(
+            self._grads, weight_decay, maximize, decayed_norm, self._grad_scale, workspace.tensor
+        )
         workspace.after_use()
         if self._without_grad:
             rows = torch.tensor([*self._without_grad], device="cpu")
