@@ -15,6 +15,6 @@ python_use_unqualified_type_names = True
 
 # Names of this package must be found; those of torch and of Python are on other sites.
 nitpick_ignore_regex = [
-    (r"py:.*", r"torch\..*|collections\.abc\..*|Tensor|LARS|Loss|fused_lars\.records\.LayerNorms"),
+    (r"py:.*", r"torch\..*|collections\.abc\..*|Tensor|LARS|Loss|fused_lars\._records\.LayerNorms"),
     (r"py:class", r"\"decayed\"|callable|iterable|optional"),
 ]

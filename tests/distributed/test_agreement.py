@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import distributed_nets as nets
 from distributed_harness import on_ranks
 from distributed_nets import make_net, make_optimizer, train
-from fused_lars import LARS, peers
+from fused_lars import LARS
+from fused_lars._sharded import peers
 from step_record import record_step
 
 SHAPES = {"a": (8, 3), "b": (5, 2), "c": (8, 3), "d": (6,)}

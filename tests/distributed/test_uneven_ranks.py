@@ -11,7 +11,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from distributed_harness import on_ranks
 from distributed_nets import full
-from fused_lars import LARS, sharding
+from fused_lars import LARS
+from fused_lars._sharded import rank_sets
 
 # Rows that 4 ranks share evenly, unevenly, and so that one or three of them get none.
 SHAPES = [(8, 3), (7, 2), (3, 5), (1, 4), (6,)]
@@ -188,7 +189,7 @@ def test_ranks_and_process_groups():
         ((1,), (rank - rank % 2, rank - rank % 2 + 1)),
         ((0, 1), (0, 1, 2, 3)),
     ):
-        ranks, groups = sharding._ranks_and_groups(mesh, dims)
+        ranks, groups = rank_sets.ranks_and_groups(mesh, dims)
         assert ranks == expected
         assert groups == ((world,) if len(dims) == 2 else (mesh.get_group(dims[0]),))
         assert [tuple(dist.get_process_group_ranks(group)) for group in groups] == [expected]

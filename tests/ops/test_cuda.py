@@ -161,7 +161,7 @@ def test_the_workspace_is_left_clean_cuda(found_inf):
         optimizer.found_inf = torch.tensor(found_inf, device="cuda")
     for _ in range(2):
         optimizer.step()
-        (workspace,) = optimizer._workspaces.values()
+        (workspace,) = optimizer._stepper.workspaces.values()
         assert workspace.tensor.numel() > 0
         assert not workspace.tensor.any()
 
@@ -177,7 +177,7 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
             for p in both[have_grads]:
                 p.grad = torch.cos(p.detach())
         optimizer.step()
-        expected._workspaces.clear()
+        expected._stepper.workspaces.clear()
         expected.step()
     assert all(map(same_bits, params, alone))
 

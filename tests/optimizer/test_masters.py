@@ -13,7 +13,7 @@ import distributed_nets as nets
 from devices import has_kernels
 from distributed_harness import on_ranks
 from fused_lars import LARS
-from fused_lars.masters import take_over
+from fused_lars._masters import take_over
 from stepping import same_bits
 
 HALF = [torch.bfloat16, torch.float16]
@@ -147,12 +147,12 @@ def test_nothing_is_lost_where_nothing_was_written(implementation, device):
 
 def test_values_are_compared_after_a_write_only(device, monkeypatch):
     """A usual step compares versions, and a write into one parameter costs no other one."""
-    import fused_lars.masters
+    import fused_lars._masters
 
     compared = []
-    take_over = fused_lars.masters.take_over
+    take_over = fused_lars._masters.take_over
     monkeypatch.setattr(
-        fused_lars.masters, "take_over", lambda p, m: (compared.append(p.shape), take_over(p, m))
+        fused_lars._masters, "take_over", lambda p, m: (compared.append(p.shape), take_over(p, m))
     )
     params, optimizer = make(device)
     optimizer.add_param_group(

@@ -149,10 +149,10 @@ def run(optimizer, change, is_prepared: bool) -> list[torch.Tensor]:
     for step in range(6):
         set_grads(optimizer, step)
         if step == 3:
-            assert optimizer._prepared is not None or not is_prepared
+            assert optimizer._stepper.prepared is not None or not is_prepared
             change(optimizer)
         if not is_prepared:
-            optimizer._prepared = None
+            optimizer._stepper.prepared = None
         optimizer.step()
     return tensors_of(optimizer)
 
@@ -211,7 +211,7 @@ def test_gradients_that_come_and_go_are_not_prepared(device):
         if step % 2:
             first(optimizer).grad = None
         optimizer.step()
-        assert optimizer._prepared is None
+        assert optimizer._stepper.prepared is None
 
 
 def test_an_option_that_is_changed_in_place_counts(device):
@@ -226,7 +226,7 @@ def test_an_option_that_is_changed_in_place_counts(device):
                 decay.zero_()
             set_grads(optimizer, step)
             if not is_prepared:
-                optimizer._prepared = None
+                optimizer._stepper.prepared = None
             optimizer.step()
         results.append(tensors_of(optimizer))
     assert all(map(same_bits, *results))
@@ -244,7 +244,7 @@ def test_an_lr_of_the_wrong_kind_has_the_error_of_any_step(device, lr):
             optimizer.step()
         optimizer.param_groups[1]["lr"] = lr
         if not is_prepared:
-            optimizer._prepared = None
+            optimizer._stepper.prepared = None
         with pytest.raises(ValueError, match="lr") as caught:
             optimizer.step()
         texts.append(str(caught.value))

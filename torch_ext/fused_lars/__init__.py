@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ._convert import convert_state_dict
+from ._lars_class import Lars
 from ._library import __version__, cmake_prefix_path, show_config
-from .convert import convert_state_dict
-from .lars_class import Lars
-from .optimizer import LARS
-from .param_groups import param_groups
+from ._optimizer import LARS
+from ._param_groups import param_groups
 
 ops: Any = torch.ops.fused_lars
 

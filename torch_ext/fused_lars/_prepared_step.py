@@ -6,9 +6,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .checks import HYPERPARAMETERS, NUMBERS, SWITCHES, are_plain
-from .op_call import OpCall, SameParams, SameState, hyperparameter_lists, on_device
-from .records import Record
+from ._checks import HYPERPARAMETERS, NUMBERS, SWITCHES, are_plain
+from ._op_call import OpCall, hyperparameter_lists, on_device
+from ._records import Record
+from ._same import SameParams, SameState
 
 get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
 _MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
@@ -29,14 +30,13 @@ class PreparedStep:
         self._options: list[tuple] = []
         self._kept = [*map(needs, map(get_options, param_groups))]
         self._state = SameState(state)
-        self.has_masters = bool(call.master_params)
-        called = {*map(id, call.params)}
+        params, _, *state_lists = call.lists
+        self.has_masters = bool(call.lists.master_params)
+        called = {*map(id, params)}
         self._call = torch.classes.fused_lars.PreparedStep(
-            call.params,
-            call.momentum_buffers,
-            call.master_params,
-            call.steps,
-            [p for params in self._params.of_groups for p in params if id(p) not in called],
+            params,
+            *state_lists,
+            [p for group in self._params.of_groups for p in group if id(p) not in called],
             call.group_sizes(),
         )
         self._run = self._call.run
@@ -49,7 +49,7 @@ class PreparedStep:
         if len(calls) != 1:
             return None
         ((key, call),) = calls.items()
-        if call.reference or call.local is not None or len(call.group_indices) != len(param_groups):
+        if call.reference or call.is_sharded or len(call.group_indices) != len(param_groups):
             return None
         if any(isinstance(group["lr"], Tensor) for group in param_groups):
             return None

@@ -1,18 +1,16 @@
-"""The calls of the op that a step makes: their lists, and what outlives a step."""
+"""The op calls of a step: one for each device and way to compute, with all parameter groups in it."""
 
-import re
-from operator import is_, itemgetter
-from typing import Any, overload
+from operator import itemgetter
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .checks import (
+from ._checks import (
     FUSED_DEVICES,
     HALF,
     HYPERPARAMETERS,
     NUMBERS,
-    STATE,
     SWITCHES,
     check_adaptation,
     check_hyperparameters,
@@ -20,43 +18,64 @@ from .checks import (
     host_reads,
     no_fused_kernels,
 )
+from ._names import parameter_name
 
 _get_hyperparameters = itemgetter(*HYPERPARAMETERS)
+_MASTER_WEIGHTS = HYPERPARAMETERS.index("master_weights")
 
 # What the op takes as it is; most often nothing is there but these.
 _NUMBER_TYPES, _BOOLS = {float, int}, {True, False}
 
 
+class TensorLists(NamedTuple):
+    """Parameters that have a gradient, group after group, and the state that the groups' options need."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]
+    master_params: list[Tensor]
+    steps: list[Tensor]
+
+
+def empty_lists() -> TensorLists:
+    return TensorLists([], [], [], [], [])
+
+
 class OpCall:
-    """The lists of one op call: all parameters on one device, group after group."""
+    """The arguments of one op call: all parameters on one device, group after group."""
 
     def __init__(self, device: torch.device, reference: bool, differentiable: bool) -> None:
         self.device = device
         self.reference = reference  # with ordinary operators instead of the fused kernels
         self.differentiable = differentiable
-        self.lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
-        self.params, self.grads, self.momentum_buffers, self.master_params, self.steps = self.lists
+        self.lists = empty_lists()
+        self.params = self.lists.params
+        # What the op gets. Other lists than `lists` where there are DTensors, which are in those.
+        self.local = self.lists
         self.group_ends: list[int] = []
         self.group_indices: list[int] = []  # in param_groups
         self.hyperparameters: list[tuple] = []
-        # For DTensors, see sharding.py: the lists as local tensors, the norms of whole tensors, and what the
-        # ranks found together.
-        self.local: tuple[list[Tensor], ...] | None = None
+        # Of sharded parameters: the norms of whole tensors, and whether any rank has to skip the step.
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
-        # The lists but for gradients, kept in C++ for a call that is made again.
+        # C++ keeps `local`, without gradients, for a call that is made again.
         self._kept: Any = None  # of torch.classes, whose methods no type checker knows
 
-    def add_lists(self, lists, local=None) -> None:
-        for tensors, more in zip(self.lists, lists):
-            tensors += more
-        if local is not None:
-            self.local = self.local or ([], [], [], [], [])
-            for tensors, more in zip(self.local, local):
-                tensors += more
+    @property
+    def is_sharded(self) -> bool:
+        return self.local is not self.lists
+
+    def add_lists(self, lists: TensorLists, local: TensorLists | None = None) -> None:
+        """Adds tensors of a group; `local` is given for all groups of a sharded call or for none."""
+        if local is not None and not self.is_sharded:
+            self.local = empty_lists()
+        for own, more in ((self.lists, lists), (self.local, local)):
+            if more is not None:
+                for tensors, more_tensors in zip(own, more):
+                    tensors += more_tensors
 
     def end_group(self, group, index: int) -> None:
-        """What was added since the group before is this one's, which is param_groups[index]."""
+        """Ends the part of param_groups[index], which begins where the group before ended."""
         self.group_ends.append(len(self.params))
         self.group_indices.append(index)
         # torch.compile does not look into an itemgetter.
@@ -73,14 +92,14 @@ class OpCall:
 
     def masters(self):
         """Pairs of a parameter that has a master and the master."""
-        masters = iter(self.master_params)
+        masters = iter(self.lists.master_params)
         begins = [0, *self.group_ends]
         for begin, end, values in zip(begins, self.group_ends, self.hyperparameters):
-            if values[-1]:  # master_weights
+            if values[_MASTER_WEIGHTS]:
                 yield from ((p, next(masters)) for p in self.params[begin:end] if p.dtype in HALF)
 
     def run(self, grad_scale, found_inf, record, workspace, check_only=False) -> None:
-        """Makes the call; `record`, see records.py, and `workspace` may be None."""
+        """Makes the call; `record`, see _records.py, and `workspace` may be None."""
         device = self.device
         values = hyperparameter_lists(self.hyperparameters)
         overload = "default"
@@ -98,7 +117,7 @@ class OpCall:
             return
         with torch.set_grad_enabled(self.differentiable):
             getattr(op, overload)(
-                *(self.local or self.lists),
+                *self.local,
                 self.group_sizes(),
                 **values,
                 squared_norms=self.squared_norms,
@@ -110,20 +129,18 @@ class OpCall:
             )
 
     def keep(self) -> None:
-        """Keeps local tensors and their order, but no gradients, for the next time that this call is made."""
-        assert self.local is not None  # only calls of sharding.py are kept
+        """Keeps all but the gradients for the next time that this call is made."""
         if self._kept is None and not self.reference:
             params, _, *state = self.local
             self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
         self.squared_norms = self.found_inf = None
-        self.grads.clear()
-        self.local[1].clear()
+        self.lists.grads.clear()
+        self.local.grads.clear()
 
     def _run_kept(self, values, grad_scale, found_inf, record, workspace) -> None:
-        assert self.local is not None
         self._kept.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
         self._kept.run_with(
-            self.local[1],
+            self.local.grads,
             self.squared_norms,
             grad_scale,
             found_inf,
@@ -147,85 +164,13 @@ class OpCall:
         values["lr"] = [_lr_tensor(lr, self.device) for lr in values["lr"]]
         return "tensor_lr"
 
-    def in_words_of_param_groups(self, message: str, param_groups, state) -> str:
-        """An op's error, which knows places in this call, with the groups and the parameter that it means."""
-        text = re.sub(r"(?<=in group )\d+", lambda m: str(self.group_indices[int(m[0])]), message)
-        text = re.sub(r"\blr\[(\d+)\]", lambda m: f"lr of group {self.group_indices[int(m[1])]}", text)
-        found = re.match(r"(\w+)\[(\d+)\]", message)
-        if not found or not isinstance(getattr(self, found[1], None), list):
-            return text
-        tensor = getattr(self, found[1])[int(found[2])]
-        for group_index, group in enumerate(param_groups):
-            for index, p in enumerate(group["params"]):
-                if any(tensor is t for t in (p, p.grad, *state.get(p, {}).values())):
-                    return f"{text} ({parameter_name(group, group_index, index)})"
-        return text
-
-
-class SameParams:
-    """Whether an optimizer still has the same parameters in the same groups, by identity."""
-
-    def __init__(self, param_groups) -> None:
-        self.of_groups = [[*group["params"]] for group in param_groups]
-
-    def are_still(self, param_groups) -> bool:
-        if len(param_groups) != len(self.of_groups):
-            return False
-        return all(
-            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            for group, params in zip(param_groups, self.of_groups)
-        )
-
-
-class SameState:
-    """Whether an optimizer still keeps the same tensors for the same parameters, by identity."""
-
-    def __init__(self, state) -> None:
-        self._params = [*state]
-        keys = [key for key in STATE if any(key in values for values in state.values())]
-        # KeyError: parameters that keep different kinds of state.
-        self._tensors = [(get, [*map(get, state.values())]) for get in map(itemgetter, keys)]
-
-    def is_still(self, state) -> bool:
-        if len(state) != len(self._params) or not all(map(is_, state, self._params)):
-            return False
-        try:
-            return all(all(map(is_, map(get, state.values()), tensors)) for get, tensors in self._tensors)
-        except KeyError:
-            return False
-
 
 class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
-    """The calls of a step, by device and way to compute; one that is missing is made."""
+    """The calls of a step, by device and way to compute. Makes a call that is missing."""
 
     def __missing__(self, key) -> OpCall:
         call = self[key] = OpCall(*key)
         return call
-
-
-class Workspace:
-    """An op's scratch on a device, kept so that a step allocates nothing.
-
-    The op gives it larger memory where it is too small. A captured CUDA graph, or a step on another stream,
-    may still use the memory that it had, so that is kept too; since it at least doubles, that is not much.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(0, dtype=torch.int32, device=device)
-        self._memory = [self.tensor.untyped_storage()]
-
-    def after_use(self) -> None:
-        memory = self.tensor.untyped_storage()
-        if memory.data_ptr() != self._memory[-1].data_ptr():
-            self._memory.append(memory)
-
-
-class Workspaces(dict[torch.device, Workspace]):
-    """One for each device; one that is missing is made."""
-
-    def __missing__(self, device) -> Workspace:
-        workspace = self[device] = Workspace(device)
-        return workspace
 
 
 def way_to_compute(group, group_index: int, device: torch.device) -> tuple[bool, bool]:
@@ -260,23 +205,6 @@ def _resolve_adaptation(values) -> None:
         if adaptation == "decayed":
             values["layer_adaptation"][index] = is_decayed = bool(values["weight_decay"][index] > 0)
             values["trust_clip"][index] = values["trust_clip"][index] and is_decayed
-
-
-def parameter_name(group, group_index: int, index: int) -> str:
-    """A parameter's name in an error."""
-    name = name_in_group(group, index)
-    return f"parameter{'' if name is None else f' {name!r},'} {place_of(group_index, index)}"
-
-
-def name_in_group(group, index: int) -> str | None:
-    """None for a parameter that was given without a name, or put into the list later."""
-    names = group.get("param_names", ())
-    return names[index] if index < len(names) else None
-
-
-def place_of(group_index: int, index: int) -> str:
-    """Where a parameter stands in an optimizer."""
-    return f"param_groups[{group_index}]['params'][{index}]"
 
 
 @overload

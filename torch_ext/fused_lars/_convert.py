@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import HALF
-from .op_call import place_of
-from .optimizer import LARS
-from .state_dict import check_has_state
+from ._checks import HALF
+from ._names import place_of
+from ._optimizer import LARS
+from ._state_dict import check_has_state
 
 __all__ = ["convert_state_dict"]
 

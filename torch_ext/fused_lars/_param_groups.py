@@ -9,10 +9,12 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._torch_internals import BATCH_NORM_BASE
+
 __all__ = ["param_groups"]
 
 _NORMALISATION = (
-    nn.modules.batchnorm._NormBase,  # batch and instance norm
+    BATCH_NORM_BASE,  # batch and instance norm
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,

@@ -9,7 +9,7 @@ from operator import is_
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .op_call import parameter_name
+from ._names import parameter_name
 
 # DeepSpeed's mark on parameters that ZeRO 3 partitions, and on the flat ones that it steps in their place.
 _ZERO_3 = "ds_id"

@@ -3,29 +3,45 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import HALF
-from .op_call import OpCall, Workspace
+from .._checks import HALF
+from .._op_call import OpCall
+from .._torch_internals import get_local
+from .._workspace import Workspace
 from .peers import Peers
 
 
+class _Part(NamedTuple):
+    """Rows of one parameter group."""
+
+    group_index: int | None  # None: the last row of a message
+    size: int
+
+
+class _Message(NamedTuple):
+    """The rows that a set of ranks adds up."""
+
+    begin: int
+    end: int
+    peers: Peers
+
+
 class NormRows:
-    """The rows of one norms op, those of a set of ranks together, which make its message."""
+    """The rows of one norms op. Those of a set of ranks are together and are its message."""
 
     def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         self._found_inf = found_inf
         self._grad_scale = grad_scale
-        self._group_sizes: list[int] = []
-        self._group_indices: list[int | None] = []  # in param_groups; None for a last row
         self._weights: list[Tensor] = []
         self._grads: list[Tensor] = []
+        self._parts: list[_Part] = []
+        self._messages: list[_Message] = []
+        self._begin = 0  # of the message to come
         self._without_grad: dict[int, int] = {}  # rows, and the group of each
-        self._begin = 0
-        self._spans: list[tuple[int, int, Peers]] = []
         self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
         # The op's call, which keeps the rows' weights in C++ for norms that are taken again.
         self._prepared: Any = None
@@ -64,8 +80,7 @@ class NormRows:
                 self._weights += (_weight_without_grad(p, state) for p in members)
                 self._grads += self._weights[begin:]
                 self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), group_index))
-        self._group_sizes.append(len(self._weights) - first)
-        self._group_indices.append(group_index)
+        self._parts.append(_Part(group_index, len(self._weights) - first))
 
     def end(self, peers: Peers | None) -> None:
         """The ranks that share what was added since the last end; None: no other rank does."""
@@ -73,9 +88,8 @@ class NormRows:
             last = self._last()
             self._weights.append(last)
             self._grads.append(last)
-            self._group_sizes.append(1)
-            self._group_indices.append(None)
-            self._spans.append((self._begin, len(self._weights), peers))
+            self._parts.append(_Part(None, 1))
+            self._messages.append(_Message(self._begin, len(self._weights), peers))
         self._begin = len(self._weights)
 
     def _last(self) -> Tensor:
@@ -89,7 +103,7 @@ class NormRows:
 
     def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same rows for another step: the gradients of each set of ranks in turn."""
-        ends = {begin: end for begin, end, _ in self._spans}
+        ends = {message.begin: message.end for message in self._messages}
         # The last rows are found_inf, where there is one, and that is another tensor in every step.
         if found_inf is not None or self._found_inf is not None:
             self._found_inf, self._prepared = found_inf, None
@@ -104,14 +118,16 @@ class NormRows:
 
     def take(self, workspace: Workspace, param_groups) -> None:
         """Takes the norms, by the options that the groups have now."""
-        if not self._spans:
+        if not self._messages:
             return  # nothing is shared: the step takes its norms itself
         options: dict[int | None, tuple[float, bool, bool]] = {None: (0.0, False, False)}
         options.update({index: _norm_options(group) for index, group in enumerate(param_groups)})
-        columns = zip(*map(options.__getitem__, self._group_indices))
+        columns = zip(*(options[part.group_index] for part in self._parts))
         weight_decay, maximize, decayed_norm = map(list, columns)
         if self._prepared is None:
-            self._prepared = torch.classes.fused_lars.PreparedNorms(self._weights, self._group_sizes)
+            self._prepared = torch.classes.fused_lars.PreparedNorms(
+                self._weights, [part.size for part in self._parts]
+            )
         self._norms = self._prepared.run_with(
             self._grads, weight_decay, maximize, decayed_norm, self._grad_scale, workspace.tensor
         )
@@ -126,7 +142,7 @@ class NormRows:
             self._norms[rows, 1] = torch.where(decays > 0.0, self._norms[rows, 0] * decays, 0.0)
 
     def messages(self) -> list[tuple[Peers, Tensor]]:
-        result = [(peers, self._norms[begin:end]) for begin, end, peers in self._spans]
+        result = [(peers, self._norms[begin:end]) for begin, end, peers in self._messages]
         for peers, message in result:
             row = peers.last_row()
             if row or self._found_inf is not None:
@@ -135,10 +151,10 @@ class NormRows:
 
     def hand_out(self) -> None:
         """Hands each call its squared norms, and what tells it to change nothing."""
-        if not self._spans:
+        if not self._messages:
             return
         norms, found_inf = self._norms, None
-        last = [end - 1 for _, end, _ in self._spans]
+        last = [message.end - 1 for message in self._messages]
         if self._found_inf is None and norms.device.type == "cpu":
             pass  # the host has looked
         elif self._found_inf is None and len(last) == 1:
@@ -160,5 +176,5 @@ def _norm_options(group) -> tuple[float, bool, bool]:
 
 
 def _weight_without_grad(param, state) -> Tensor:
-    weight = state.get(param, {}).get("master_param", param)._local_tensor
+    weight = get_local(state.get(param, {}).get("master_param", param))
     return weight if param.requires_grad else weight.new_empty(0)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import HYPERPARAMETERS, NUMBERS
+from .._checks import HYPERPARAMETERS, NUMBERS
 
 _get_options = itemgetter(*HYPERPARAMETERS)
 

@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .checks import HALF, STATE, check_group
+from ._checks import HALF, STATE, check_group
 
 # How a process computes a step. A checkpoint of another process does not change it.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
@@ -38,10 +38,10 @@ def check_has_state(state_dict) -> None:
         raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
 
 
-def check_state_dict(state_dict, defaults, param_groups, state, sharding) -> None:
+def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) -> None:
     """Checks a state_dict that is to be loaded in the place of `param_groups` and `state`.
 
-    `sharding` is sharding.py or None.
+    `check_sharding` is that of _sharded.sharding, or None where there can be no DTensors.
     """
     check_has_state(state_dict)
     for index, group in enumerate(state_dict["param_groups"]):
@@ -69,8 +69,8 @@ def check_state_dict(state_dict, defaults, param_groups, state, sharding) -> Non
             # None stands for what is not there, as in older states of torch's SGD.
             if key in STATE and value is not None:
                 _check_state(saved_id, key, value, param)
-                if sharding and key != "step":
-                    sharding.check_state(saved_id, key, value, param)
+                if check_sharding and key != "step":
+                    check_sharding(saved_id, key, value, param)
 
 
 def _saved_ids(state_dict, param_groups):

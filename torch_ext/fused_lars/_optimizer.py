@@ -6,24 +6,30 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from .checks import ADDED_OPTIONS, HALF, NUMBERS, check_group, check_params
-from .masters import WrittenParams, take_over
-from .op_call import OpCalls, Workspaces, uses_ordinary_operators, way_to_compute
-from .prepared_step import PreparedStep
-from .records import LayerNorms, Records
-from .replaced import SeenParams
-from .state_dict import check_state_dict, implementations, restore
+from ._checks import ADDED_OPTIONS, NUMBERS, check_group, check_params
+from ._gather import append_group, gather_calls
+from ._masters import take_over
+from ._op_call import uses_ordinary_operators
+from ._records import ReadsRecords, Records
+from ._replaced import SeenParams
+from ._state_dict import check_state_dict, implementations, restore
+from ._step_inputs import StepInputs
+from ._stepper import Stepper
+from ._torch_internals import (
+    check_graph_capture,
+    disable_dynamo,
+    is_dtensor_like,
+    use_grad_for_differentiable,
+)
 
 __all__ = ["LARS"]
 
 Loss = TypeVar("Loss")
 
-_SCRATCH = ("_records", "_workspaces", "_written_params")
 
-
-class LARS(Optimizer):
+class LARS(ReadsRecords, Optimizer):
     r"""Implements layer-wise adaptive rate scaling (LARS) with fused kernels.
 
     For a parameter ``w``, its gradient ``g`` and its momentum buffer ``v``, with the L2 norm ``|.|`` of the
@@ -111,10 +117,6 @@ class LARS(Optimizer):
     .. _Large Batch Training of Convolutional Networks: https://arxiv.org/abs/1708.03888
     """
 
-    # Its name in older versions of torch.
-    if not hasattr(Optimizer, "_accelerator_graph_capture_health_check"):
-        _accelerator_graph_capture_health_check = Optimizer._cuda_graph_capture_health_check
-
     def __init__(
         self,
         params: ParamsT,
@@ -157,7 +159,7 @@ class LARS(Optimizer):
             "fused": fused,
         }
         check_group(defaults)
-        self._make_scratch()
+        self._stepper = Stepper()
         self._sharding = None
         self._seen_params = SeenParams()
         super().__init__(params, defaults)
@@ -167,7 +169,7 @@ class LARS(Optimizer):
         # The base class loads a state by this too, and a copy has nothing yet.
         groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
-        self._make_scratch()
+        self._stepper = Stepper()
         # Groups of a checkpoint or a pickle that an older version wrote.
         for name, value in ADDED_OPTIONS.items():
             self.defaults.setdefault(name, value)
@@ -186,19 +188,16 @@ class LARS(Optimizer):
         """A shallow copy: it shares parameters, state and groups, and what steps record."""
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
-        twin.__dict__.update({name: self.__dict__[name] for name in _SCRATCH})
+        twin._stepper = self._stepper
         return twin
+
+    @property
+    def _records(self) -> Records:
+        return self._stepper.records
 
     def _choose_amp_scaling(self) -> None:
         # Read by GradScaler, and by frameworks that clip gradients, as it is of torch's fused optimizers.
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
-
-    def _make_scratch(self) -> None:
-        """What steps write and no state_dict holds: _SCRATCH."""
-        self._records = Records()
-        self._workspaces = Workspaces()
-        self._written_params = WrittenParams()
-        self._prepared: PreparedStep | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
@@ -241,7 +240,7 @@ class LARS(Optimizer):
             return False
         if self._sharding is not None or not all(map(uses_ordinary_operators, self.param_groups)):
             return False
-        return not any(hasattr(p, "_local_tensor") for group in self.param_groups for p in group["params"])
+        return not any(is_dtensor_like(p) for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of LARS, in torch's format.
@@ -258,7 +257,9 @@ class LARS(Optimizer):
         # Hooks, so that hooks of users before and after see what they would see without ours.
         def before(_, state_dict) -> None:
             loaded.update(state_dict)
-            check_state_dict(state_dict, self.defaults, self.param_groups, self.state, _sharding_module())
+            sharding = _sharding_module()
+            check_sharding = sharding and sharding.check_sharding
+            check_state_dict(state_dict, self.defaults, self.param_groups, self.state, check_sharding)
 
         def after(_) -> None:
             restore(loaded, own, self.param_groups, self.state)
@@ -273,53 +274,13 @@ class LARS(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
-        """Appends a group's parameters that have a gradient, and their state, made where it is missing."""
-        has_momentum = group["momentum"] != 0
-        has_step = has_momentum and group["dampening"] != 0
-        master_weights = group["master_weights"]
-        for p in group["params"]:
-            grad = p.grad
-            if grad is None:
-                continue
-            params.append(p)
-            grads.append(grad)
-            if not has_momentum and not master_weights:
-                continue
-            state = self.state[p]
-            has_master = master_weights and p.dtype in HALF
-            if has_master:
-                master = state.get("master_param")
-                if master is None:
-                    weight = p if group["differentiable"] else p.detach()
-                    master = state["master_param"] = weight.to(torch.float32)
-                master_params.append(master)
-            if not has_momentum:
-                continue
-            buffer = state.get("momentum_buffer")
-            had_buffer = buffer is not None
-            if not had_buffer:
-                # Zeros, so that a first step that AMP skips leaves a valid buffer.
-                dtype = torch.float32 if has_master else p.dtype
-                buffer = state["momentum_buffer"] = torch.zeros_like(
-                    p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-                )
-            elif has_master and buffer.dtype in HALF:
-                buffer = state["momentum_buffer"] = buffer.to(torch.float32)
-            momentum_buffers.append(buffer)
-            if has_step:
-                if state.get("step") is None:
-                    # A buffer that was there before dampening was has seen its first update.
-                    state["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
-                steps.append(state["step"])
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Performs one step, in place.
 
@@ -340,7 +301,7 @@ class LARS(Optimizer):
                 Nothing has changed then, on all ranks that share parameters. Where these are on an
                 accelerator, the step changes nothing and it is the next one that raises what other ranks see.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
         loss: Loss | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -355,7 +316,7 @@ class LARS(Optimizer):
 
     def _traced_step(self, grad_scale, found_inf) -> None:
         """A step of ordinary operators, which torch.compile fuses."""
-        for call in self._calls().values():
+        for call in gather_calls(self.param_groups, self._init_group).values():
             if not call.params:
                 continue
             # A trace keeps nothing from one step to the next: all values of masters are compared.
@@ -364,154 +325,18 @@ class LARS(Optimizer):
                     take_over(param, master)
             call.run(grad_scale, found_inf, None, None)
 
+    # torch.compile runs a method of this name as it is, instead of tracing it.
+    def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
+        append_group(group, self.state, params, grads, momentum_buffers, master_params, steps)
+
     # One op has nothing to be fused with. A trace of it would check every parameter in every step, and would
     # be made anew for every value of an option.
-    @torch._disable_dynamo
+    @disable_dynamo
     def _step(self, grad_scale, found_inf) -> None:
-        if self._run_prepared(grad_scale, found_inf):
-            return
-        self._look_at_replaced_params()
-        calls = self._calls() if self._sharding is None else self._sharding.calls(self, found_inf)
-        calls = OpCalls({key: call for key, call in calls.items() if call.params})
-        has_masters = any(call.master_params for call in calls.values())
-        if has_masters and self._sharding is None:
-            self._written_params.before_step(self.param_groups, self.state)
-        records = {key: self._records.of_call(key, call.params) for key, call in calls.items()}
-        # A step of several calls is checked as a whole before the first of them writes.
-        for check_only in (True, False) if len(calls) > 1 else (False,):
-            for key, call in calls.items():
-                workspace = self._workspaces[call.device]
-                record = records[key]
-                self._run(call, grad_scale, found_inf, record, workspace.tensor, check_only=check_only)
-                workspace.after_use()
-        is_repeated = self._records.take(records)
-        if self._sharding is not None:
-            self._sharding.after_step(self)
-        if has_masters:
-            self._written_params.after_step()
-        if is_repeated:
-            self._prepared = PreparedStep.of(
-                calls, self.param_groups, self.state, self._records, self._workspaces
-            )
-
-    def _run_prepared(self, grad_scale, found_inf) -> bool:
-        """Makes the step of the last time again, if it is still the right one."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is None or not prepared.fits(self.param_groups, self.state):
-            return False
-        if prepared.has_masters:
-            self._written_params.before_step(self.param_groups, self.state)
-        if not prepared.run(grad_scale, found_inf):
-            return False
-        if prepared.has_masters:
-            self._written_params.after_step()
-        self._prepared = prepared
-        return True
-
-    def _run(self, call, *arguments, check_only=False) -> None:
-        """Makes an op call; what the op refuses is said with the places in param_groups."""
-        try:
-            call.run(*arguments, check_only)
-        except ValueError as error:
-            text = call.in_words_of_param_groups(str(error), self.param_groups, self.state)
-            raise ValueError(text) from None
-        except (RuntimeError, TypeError):
-            # What the op's schema refuses has a better text here.
-            for index in call.group_indices:
-                check_group(self.param_groups[index], index)
-            raise
-
-    def _calls(self) -> OpCalls:
-        calls = OpCalls()
-        for index, group in enumerate(self.param_groups):
-            params = group["params"]
-            # Most groups have one device; some optimizers have hundreds of groups of one parameter.
-            devices = {p.device for p in params} if len(params) != 1 else (params[0].device,)
-            if len(devices) == 1:
-                (device,) = devices
-                call = calls[(device, *way_to_compute(group, index, device))]
-                self._init_group(group, *call.lists)
-                call.end_group(group, index)
-                continue
-            ways = {device: way_to_compute(group, index, device) for device in devices}
-            lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
-            self._init_group(group, *lists)
-            for device in dict.fromkeys(p.device for p in lists[0]):
-                call = calls[(device, *ways[device])]
-                call.add_lists([[t for t in tensors if t.device == device] for tensors in lists])
-                call.end_group(group, index)
-        return calls
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
-    ) -> dict[Tensor, Tensor]: ...
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
-    ) -> dict[Tensor, float]: ...
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
-    ) -> dict[str, Tensor]: ...
-
-    @overload
-    def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
-
-    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """The trust ratio q that the last step used, of every parameter that had a gradient.
-
-        Args:
-            by_name (bool): the keys are names, as in :func:`fused_lars.param_groups`; of a parameter without
-                one, its place in ``param_groups``. Default: False, the keys are parameters.
-            as_numbers (bool): the values are floats, for which the host waits for the step. Default: False.
-
-        Returns:
-            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 where the device has no
-            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
-            ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
-            1: look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
-            ``torch.compile`` are not recorded.
-        """
-        return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
-    ) -> dict[Tensor, LayerNorms[Tensor]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
-    ) -> dict[Tensor, LayerNorms[float]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
-    ) -> dict[str, LayerNorms[Tensor]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[True], as_numbers: Literal[True]
-    ) -> dict[str, LayerNorms[float]]: ...
-
-    def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """The norms that the last step took, before it changed anything, of every parameter with a gradient.
-
-        Args:
-            by_name (bool): as for :meth:`trust_ratios`.
-            as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
-
-        Returns:
-            A dict with a named tuple for each parameter. It has ``weight``, its L2 norm, and ``grad``, that
-            of its gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group
-            with ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions
-            are those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it shows in
-            some layers only, it began in the last of them, in the order of the forward pass.
-        """
-        return self._records.layer_norms(self.param_groups, by_name, as_numbers)
+        inputs = StepInputs(self.param_groups, self.state, grad_scale, found_inf)
+        if not self._stepper.repeat(inputs):
+            self._look_at_replaced_params()
+            self._stepper.step(inputs, self._sharding)
 
 
 def _constants(group) -> tuple:
@@ -520,9 +345,9 @@ def _constants(group) -> tuple:
 
 
 def _sharding_module():
-    """sharding.py where there can be DTensors; elsewhere it would make torch import for a second."""
+    """_sharding.py where there can be DTensors; elsewhere it would make torch import for a second."""
     if "torch.distributed.tensor" not in sys.modules:
         return None
-    from . import sharding
+    from ._sharded import sharding
 
     return sharding

@@ -5,7 +5,8 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from .checks import HALF
+from ._checks import HALF
+from ._torch_internals import is_dtensor_like, is_under_dispatch_mode, local_of, version_of
 
 
 def take_over(param: Tensor, master: Tensor) -> None:
@@ -39,12 +40,12 @@ class WrittenParams:
         known = len(params) == len(self._params) and all(map(is_, params, self._params))
         if not known:
             self._params = params
-            self._has_dtensors = any(hasattr(p, "_local_tensor") for p in params)
+            self._has_dtensors = any(map(is_dtensor_like, params))
         before = self._versions, self._addresses
         self._versions, self._addresses = after = self._get_versions(), self._get_addresses()
         # A captured graph and a traced program run without this, so they compare values every time.
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if is_captured or torch._C._len_torch_dispatch_stack() > 0:
+        if is_captured or is_under_dispatch_mode():
             known = False
         if known and before == after:
             return
@@ -65,14 +66,16 @@ class WrittenParams:
     def _get_versions(self) -> list:
         try:
             if self._has_dtensors:  # which count apart from what they hold
-                return [p._version + _local(p)._version for p in self._params]
-            return [p._version for p in self._params]
+                return [version_of(p) + version_of(local_of(p)) for p in self._params]
+            return [*map(version_of, self._params)]
         except RuntimeError:  # a tensor of inference mode has none
             return [object() for _ in self._params]  # which equal no other
 
     def _get_addresses(self) -> list:
         try:
-            return [*map(Tensor.data_ptr, map(_local, self._params) if self._has_dtensors else self._params)]
+            return [
+                *map(Tensor.data_ptr, map(local_of, self._params) if self._has_dtensors else self._params)
+            ]
         except RuntimeError:  # a fake tensor has none
             return [object() for _ in self._params]
 
@@ -84,9 +87,4 @@ def _take_over_if_it_fits(param: Tensor, master: Tensor | None) -> None:
         and param.dtype in HALF
         and (param.shape, param.device) == (master.shape, master.device)
     ):
-        take_over(_local(param), _local(master))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor that this process holds of a DTensor."""
-    return getattr(tensor, "_local_tensor", tensor)
+        take_over(local_of(param), local_of(master))

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  registers torch.ops.fused_lars
+from ._torch_internals import argument_names, has_kernel, is_under_dispatch_mode
 
 # Hyperparameters of a group, by the names and in the order of the op: numbers, then switches.
-_ARGUMENTS = torch.ops.fused_lars.check_hyperparameters.default._schema.arguments
-NUMBERS = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "FloatType")
-SWITCHES = tuple(argument.name for argument in _ARGUMENTS if argument.type.kind() == "BoolType")
+_CHECK = torch.ops.fused_lars.check_hyperparameters.default
+NUMBERS, SWITCHES = argument_names(_CHECK, "FloatType"), argument_names(_CHECK, "BoolType")
 HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
 # Options that came later, and what runs from before them had.
@@ -24,9 +24,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 # Devices that this build has fused kernels for.
 FUSED_DEVICES = tuple(
-    device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_lars::step_", key)
+    device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel("fused_lars::step_", key)
 )
 
 _PLAIN = {float, int, bool, str, type(None)}
@@ -75,7 +73,7 @@ def are_hyperparameters(values) -> bool:
 
 def host_reads(lr: Tensor) -> bool:
     """Whether an lr's value can be checked: without a wait for a device, and in no program that is traced."""
-    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    is_traced = torch.compiler.is_compiling() or is_under_dispatch_mode()
     return lr.device.type == "cpu" and not is_traced
 
 
@@ -93,7 +91,7 @@ def check_adaptation(value, group: int | None = None) -> None:
 def check_hyperparameters(values: dict, group: int | None = None) -> None:
     """Checks the ranges of a parameter group's hyperparameters, as a step does."""
     try:
-        torch.ops.fused_lars.check_hyperparameters.default(*(values[name] for name in HYPERPARAMETERS))
+        _CHECK(*(values[name] for name in HYPERPARAMETERS))
     except ValueError as error:
         raise ValueError(str(error).replace(":", f"{_in_group(group)}:", 1)) from None
 

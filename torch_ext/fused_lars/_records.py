@@ -1,0 +1,170 @@
+"""What steps leave to be looked at: the trust ratio and the norms of every parameter."""
+
+from typing import Any, Generic, Literal, TypeVar, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import NamedTuple  # typing's can be generic from Python 3.11 on
+
+from ._names import name_in_group, place_of
+
+Value = TypeVar("Value", Tensor, float)
+
+
+class LayerNorms(NamedTuple, Generic[Value]):
+    """The L2 norms of a parameter in a step; JSON has no tuples and makes a list of it."""
+
+    weight: Value
+    grad: Value
+
+
+class Record:
+    """What a call writes the trust ratios and norms of its parameters to, as long as they stay the same."""
+
+    def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
+        self.params = params
+        self.param_ids = param_ids
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.trust_ratios = torch.full((len(params),), torch.nan, dtype=dtype, device=device)
+        self.layer_norms = torch.full((len(params), 2), torch.nan, dtype=dtype, device=device)
+        self.is_captured = False
+
+
+class Records(dict[tuple, Record]):
+    """The records of the last step, by the keys of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._captured: list[Record] = []  # that graphs go on to write
+
+    def of_call(self, key, params: list[Tensor]) -> Record:
+        """What a call is to write: that of the last step, or a new one where the parameters are others."""
+        device, record = key[0], self.get(key)
+        # A call that is made again has the very list that it had.
+        if record is None or record.params is not params:
+            ids = [*map(id, params)]
+            if record is None or record.param_ids != ids:
+                record = Record(device, params, ids)
+            record.params = params
+        if device.type == "cuda" and not record.is_captured and torch.cuda.is_current_stream_capturing():
+            record.is_captured = True
+            self._captured.append(record)
+        return record
+
+    def take(self, records: dict[tuple, Record]) -> bool:
+        """Makes `records` those of the last step, in place, since wrappers hold what an optimizer once held.
+
+        Returns whether they were that already: the calls have the parameters of the step before.
+        """
+        is_repeated = records == self
+        self.clear()
+        self.update(records)
+        return is_repeated
+
+    def trust_ratios(self, param_groups, by_name: bool, as_numbers: bool) -> dict[Any, Any]:
+        values: dict = {}
+        for record in self.values():
+            values.update(zip(record.params, _rows(record.trust_ratios, as_numbers)))
+        return _named(values, param_groups) if by_name else values
+
+    def layer_norms(self, param_groups, by_name: bool, as_numbers: bool) -> dict[Any, Any]:
+        values: dict = {}
+        for record in self.values():
+            columns = (_rows(column, as_numbers) for column in record.layer_norms.unbind(1))
+            values.update(zip(record.params, map(LayerNorms, *columns)))
+        return _named(values, param_groups) if by_name else values
+
+
+class ReadsRecords:
+    """The methods of an optimizer that read what its last step recorded."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def _records(self) -> Records:
+        raise NotImplementedError
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, Tensor]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, float]: ...
+
+    @overload
+    def trust_ratios(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
+
+    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
+        """The trust ratio q that the last step used, of every parameter that had a gradient.
+
+        Args:
+            by_name (bool): the keys are names, as in :func:`fused_lars.param_groups`; of a parameter without
+                one, its place in ``param_groups``. Default: False, the keys are parameters.
+            as_numbers (bool): the values are floats, for which the host waits for the step. Default: False.
+
+        Returns:
+            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 where the device has no
+            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
+            ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
+            1: look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
+            ``torch.compile`` are not recorded.
+        """
+        return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
+    ) -> dict[Tensor, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
+    ) -> dict[Tensor, LayerNorms[float]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
+    ) -> dict[str, LayerNorms[Tensor]]: ...
+
+    @overload
+    def layer_norms(
+        self, *, by_name: Literal[True], as_numbers: Literal[True]
+    ) -> dict[str, LayerNorms[float]]: ...
+
+    def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
+        """The norms that the last step took, before it changed anything, of every parameter with a gradient.
+
+        Args:
+            by_name (bool): as for :meth:`trust_ratios`.
+            as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
+
+        Returns:
+            A dict with a named tuple for each parameter. It has ``weight``, its L2 norm, and ``grad``, that
+            of its gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group
+            with ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions
+            are those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it shows in
+            some layers only, it began in the last of them, in the order of the forward pass.
+        """
+        return self._records.layer_norms(self.param_groups, by_name, as_numbers)
+
+
+def _rows(tensor: Tensor, as_numbers: bool):
+    # A copy, since the next step overwrites the tensor.
+    return tensor.tolist() if as_numbers else tensor.clone().unbind()
+
+
+def _named(values: dict, param_groups) -> dict:
+    result = {}
+    for group_index, group in enumerate(param_groups):
+        for index, param in enumerate(group["params"]):
+            if param in values:
+                result[name_in_group(group, index) or place_of(group_index, index)] = values[param]
+    return result

@@ -1,0 +1,69 @@
+"""Gradients that are placed on the ranks otherwise than their parameters are."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from .._names import parameter_name
+from .._torch_internals import get_local, get_spec
+
+
+def is_placed_as(got, spec) -> bool:
+    """Whether two specs have the same mesh and placements."""
+    return got is spec or (got.mesh is spec.mesh and got.placements == spec.placements)
+
+
+def replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]:
+    """Local gradients of the parameters whose gradients are placed otherwise than they are themselves.
+
+    Sequence parallelism, for one, leaves the gradients of replicated parameters Partial. Those that wait for
+    the same reduction share it. The gradients themselves are left as they are.
+    """
+    placed_otherwise = []
+    for p in params:
+        grad: Any = p.grad
+        if grad is None:
+            continue
+        spec = get_spec(p)
+        got = get_spec(grad) if isinstance(grad, DTensor) else None
+        if got is not None and is_placed_as(got, spec):
+            continue
+        if got is None or got.mesh != spec.mesh:
+            got = f"on {grad.device_mesh}" if isinstance(grad, DTensor) else "no DTensor"
+            raise ValueError(
+                f"the gradient of {_name_of(p, param_groups)} is {got}; expected a DTensor on {p.device_mesh}"
+            )
+        if got.placements != spec.placements:
+            placed_otherwise.append(p)
+    # Nothing is sent before all is checked, so that this rank takes part in all of it or in nothing.
+    result: dict[DTensor, Tensor] = {}
+    partial: defaultdict[tuple, list[DTensor]] = defaultdict(list)
+    for p in placed_otherwise:
+        grad = p.grad
+        pairs = tuple(zip(grad.placements, p.placements))
+        if all(got == wanted or (got.is_partial() and wanted.is_replicate()) for got, wanted in pairs):
+            partial[p.device_mesh, pairs, grad.dtype].append(p)
+        else:
+            result[p] = get_local(grad.redistribute(placements=p.placements))
+    for (mesh, pairs, _), members in partial.items():
+        grads = [get_local(p.grad) for p in members]
+        # The local elements of all, as one tensor that is Partial where they are.
+        placements = [got if got.is_partial() else Replicate() for got, _ in pairs]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        flat = DTensor.from_local(flat, mesh, placements, run_check=False)
+        flat = get_local(flat.redistribute(placements=[Replicate()] * mesh.ndim))
+        pieces = flat.split([grad.numel() for grad in grads])
+        result.update((p, piece.view(grad.shape)) for p, piece, grad in zip(members, pieces, grads))
+    return result
+
+
+def _name_of(param: Tensor, param_groups) -> str:
+    return next(
+        parameter_name(group, group_index, index)
+        for group_index, group in enumerate(param_groups)
+        for index, p in enumerate(group["params"])
+        if p is param
+    )

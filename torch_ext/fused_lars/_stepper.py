@@ -1,0 +1,66 @@
+"""A step outside of torch.compile: it is gathered, checked and made, or the last one is made again."""
+
+from ._errors import run_call
+from ._gather import append_group, gather_calls
+from ._masters import WrittenParams
+from ._op_call import OpCalls
+from ._prepared_step import PreparedStep
+from ._records import Records
+from ._step_inputs import StepInputs
+from ._workspace import Workspaces
+
+
+class Stepper:
+    """Makes the steps of an optimizer. What it keeps from step to step is in no state_dict."""
+
+    def __init__(self) -> None:
+        self.records = Records()
+        self.workspaces = Workspaces()
+        self.prepared: PreparedStep | None = None
+        self._written_params = WrittenParams()
+
+    def repeat(self, inputs: StepInputs) -> bool:
+        """Makes the last step again. Returns False, and has done nothing, if it is not the right one."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None or not prepared.fits(inputs.param_groups, inputs.state):
+            return False
+        if prepared.has_masters:
+            self._written_params.before_step(inputs.param_groups, inputs.state)
+        if not prepared.run(inputs.grad_scale, inputs.found_inf):
+            return False
+        if prepared.has_masters:
+            self._written_params.after_step()
+        self.prepared = prepared
+        return True
+
+    def step(self, inputs: StepInputs, sharding) -> None:
+        """Gathers a step and makes it. `sharding` is a Sharding where there are DTensors, else None."""
+        if sharding is None:
+            calls = gather_calls(
+                inputs.param_groups, lambda group, *lists: append_group(group, inputs.state, *lists)
+            )
+        else:
+            sharding.look_at(inputs)
+            # Before the norms are taken, which are those of the masters.
+            self._written_params.before_step(inputs.param_groups, inputs.state)
+            calls = sharding.calls(inputs)
+        calls = OpCalls({key: call for key, call in calls.items() if call.params})
+        has_masters = any(call.lists.master_params for call in calls.values())
+        if has_masters and sharding is None:
+            self._written_params.before_step(inputs.param_groups, inputs.state)
+        records = {key: self.records.of_call(key, call.params) for key, call in calls.items()}
+        # Where a step has several calls, all are checked before the first of them writes.
+        for check_only in (True, False) if len(calls) > 1 else (False,):
+            for key, call in calls.items():
+                workspace = self.workspaces[call.device]
+                run_call(call, inputs, records[key], workspace.tensor, check_only)
+                workspace.after_use()
+        is_repeated = self.records.take(records)
+        if sharding is not None:
+            sharding.after_step(inputs)
+        if has_masters:
+            self._written_params.after_step()
+        if is_repeated:
+            self.prepared = PreparedStep.of(
+                calls, inputs.param_groups, inputs.state, self.records, self.workspaces
+            )

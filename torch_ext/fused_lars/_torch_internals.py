@@ -1,0 +1,71 @@
+"""All that this package uses of torch without a public API: what it is for, and what would replace it.
+
+The test suite runs on the oldest and the newest supported torch, so a change of one of these turns it red.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+
+# What a process holds of a DTensor. Public: DTensor.to_local(), which goes through autograd and costs the
+# host more than the rest of a step for each parameter.
+get_local = attrgetter("_local_tensor")
+
+# Mesh and placements of a DTensor in one object. fully_shard gives a gradient the spec of its parameter, so
+# one comparison by identity stands for two. Public: device_mesh and placements.
+get_spec = attrgetter("_spec")
+
+# How often a tensor was written in place. A tensor of inference mode does not count: RuntimeError.
+# Public: none.
+version_of = attrgetter("_version")
+
+# The base class of batch and instance norms of all dimensions. Public: a list of all of them, which misses
+# those that torch adds.
+BATCH_NORM_BASE = nn.modules.batchnorm._NormBase
+
+# FSDP1's mark on flat parameters, and on parameters that are views of them. Public: none.
+FSDP1_FLATTENED = "_fsdp_flattened"
+
+# Keeps torch.compile out of a function. Public: torch.compiler.disable, which imports torch._dynamo, and
+# with it a second of start-up, where it decorates.
+disable_dynamo: Callable = torch._disable_dynamo
+
+# Sets grad mode in step() as defaults["differentiable"] asks for, and breaks a traced graph where torch's own
+# optimizers do. Public: none.
+use_grad_for_differentiable = _use_grad_for_differentiable
+
+# Refuses a step in a CUDA graph capture without capturable=True, with torch's text. Older versions of torch
+# have it under the second name. Public: none.
+check_graph_capture: Callable[[Optimizer], None] = (
+    Optimizer._accelerator_graph_capture_health_check
+    if hasattr(Optimizer, "_accelerator_graph_capture_health_check")
+    else Optimizer._cuda_graph_capture_health_check
+)
+
+
+def is_dtensor_like(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, without the import of torch.distributed.tensor, which takes a second."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_under_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode, such as a trace with fake tensors, sees all operators. Public: none."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_kernel(op: str, dispatch_key: str) -> bool:
+    """Whether an op, by its qualified name, has a kernel of its own for a dispatch key. Public: none."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, dispatch_key)
+
+
+def argument_names(op, kind: str) -> tuple[str, ...]:
+    """The names of an op's arguments of one type, "FloatType" say, in the op's order. Public: none."""
+    return tuple(a.name for a in op._schema.arguments if a.type.kind() == kind)
