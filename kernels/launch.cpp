@@ -23,8 +23,8 @@ class Tiling {
   }
   ItemCounts items(const LaunchTensor& tensor) const {
     const uint32_t count = tiles(tensor);
-    if (options_.squared_norms) return {count, 0};
-    const bool needs_norms = !options_.given_squared_norms &&
+    if (options_.pass == Pass::norms) return {count, 0};
+    const bool needs_norms = options_.pass == Pass::step &&
                              (options_.layer_norms || groups_[tensor.group].hyperparameters.layer_adaptation);
     return {needs_norms && count > 1 ? count : 0, count};
   }
@@ -78,8 +78,7 @@ class Packer {
     for (size_t i = 0; i < count; ++i) {
       const LaunchTensor& tensor = bucket_.tensors[begin + i];
       write(p, p.tensor_rows, i,
-            TensorRow{tensor.weight, tensor.grad, tensor.momentum_buffer, tensor.index,
-                      row_of_group_[tensor.group], tiling_.last_tile(tensor)});
+            TensorRow{tensor, tensor.index, row_of_group_[tensor.group], tiling_.last_tile(tensor)});
       write(p, p.item_counts, i, before);
       if (bucket_.types.master) write(p, p.params_of_masters, i, tensor.param);
       if (any_step_) write(p, p.steps, i, tensor.step);
@@ -136,9 +135,9 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   const Kernel& kernel = *find_kernel(bucket.types);
   const auto resident = static_cast<uint32_t>(resident_blocks(kernel.footprint, options.device));
   Parameters p;
+  p.pass = options.pass;
   p.grad_scale = options.grad_scale;
   p.found_inf = options.found_inf;
-  p.given_squared_norms = options.given_squared_norms;
   p.trust_ratios = options.trust_ratios;
   p.layer_norms = options.layer_norms;
   p.squared_norms = options.squared_norms;
@@ -147,7 +146,7 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   Packer packer(bucket, groups, tiling);
   for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
     packer.fill(p, begin);
-    set_window(p.order, kernel.footprint, options.device, options.given_squared_norms != nullptr);
+    set_window(p.order, kernel.footprint, options.device, options.pass);
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
     const dim3 grid(std::min(ticket_count(p.order), resident));

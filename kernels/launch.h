@@ -33,12 +33,9 @@ struct Kernel {
 // Null where there is none: the types that checks.h lets the step have all have one.
 const Kernel* find_kernel(const KernelTypes& types);
 
-struct LaunchTensor {
-  void* weight;  // the master where there is one
-  const void* grad;
-  void* momentum_buffer;  // null without momentum
-  void* param;            // used where the weight is its master
-  float* step;            // null without dampening
+struct LaunchTensor : TensorMemory {
+  void* param;  // used where the weight is its master
+  float* step;  // null without dampening
   int64_t numel;
   uint32_t index;  // in trust_ratios, layer_norms and squared_norms
   uint32_t group;
@@ -50,15 +47,14 @@ struct Bucket {
   std::vector<LaunchTensor> tensors;
 };
 
-// What all launches of a step have in common. Either pointer to squared norms makes it half a step: one
-// updates with norms that it is given, the other only takes norms.
+// What all launches of a step have in common.
 struct LaunchOptions {
+  Pass pass = Pass::step;
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
-  const double* given_squared_norms = nullptr;
+  double* squared_norms = nullptr;  // written by Pass::norms, read by Pass::update
   double* trust_ratios = nullptr;
   double* layer_norms = nullptr;
-  double* squared_norms = nullptr;
   DeviceSize device = {1, 0};
 };
 

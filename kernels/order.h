@@ -17,14 +17,17 @@
 // items never wait, and an update item waits only for norm items with lower tickets. So the block that has
 // the lowest unfinished ticket can always run, and it has finished all tickets that it drew before.
 //
-// A tensor has no norm items if its norms are given, or not needed, or taken by its only update item. A
-// launch may have no update items.
+// A tensor has no norm items if its norms are not needed, or if its only update item takes them. A launch for
+// norms alone has no update items, and the launch for the updates has no norm items.
 
 #include <cstdint>
 
 #include "../csrc/rule.h"
 
 namespace fused_lars {
+
+// What a launch is for. A sharded step is two launches, since ranks add up their norms before the updates.
+enum class Pass : uint32_t { step, norms, update };
 
 // How many items the tensors before one have: where its own begin.
 struct ItemCounts {

@@ -21,13 +21,16 @@ struct GroupRow {
   bool operator==(const GroupRow&) const = default;
 };
 
-struct TensorRow {
+struct TensorMemory {
   void* weight;  // the master where there is one
   const void* grad;
   void* momentum_buffer;  // null without momentum
-  uint32_t index;         // in trust_ratios, layer_norms and squared_norms
-  uint16_t group;         // its row
-  uint16_t last_tile;     // elements in the last tile, which may be 0
+};
+
+struct TensorRow : TensorMemory {
+  uint32_t index;      // in trust_ratios, layer_norms and squared_norms
+  uint16_t group;      // its row
+  uint16_t last_tile;  // elements in the last tile, which may be 0
 };
 
 // One number for the weights and one for the gradients of a tile or a tensor: sums of squares, or norms.
@@ -48,12 +51,12 @@ struct Workspace {
 struct LaunchArguments {
   Order order;
   Workspace workspace;
-  const float* grad_scale;            // null: 1
-  const float* found_inf;             // null: 0
-  const double* given_squared_norms;  // null: the kernel takes norms
-  double* trust_ratios;               // may be null
-  double* layer_norms;                // may be null
-  double* squared_norms;              // where a launch without update items writes its result
+  Pass pass;
+  const float* grad_scale;  // null: 1
+  const float* found_inf;   // null: 0
+  double* squared_norms;    // written by Pass::norms, read by Pass::update, else null
+  double* trust_ratios;     // may be null
+  double* layer_norms;      // may be null
 
   // Byte offsets in Parameters::table of what each tensor has. 0 for the last two: no tensor has any.
   uint16_t tensor_rows;

@@ -37,12 +37,12 @@ inline int64_t resident_blocks(const Footprint& kernel, const DeviceSize& device
 // multiprocessors read: full rates were published for some 70 % of its size. Of plans for all of it, for two
 // thirds and for half, the last has the least worst case where 100, 80, 67 or 50 % turn out to hold data
 // (docs/performance.md).
-inline void set_window(Order& order, const Footprint& kernel, const DeviceSize& device,
-                       bool norms_are_given) {
+inline void set_window(Order& order, const Footprint& kernel, const DeviceSize& device, Pass pass) {
   const int64_t usable = device.l2_bytes / 2;
-  // The first tiles of a larger tensor have left L2 when its norms end. Its last tiles are still there. Norms
-  // that are given were taken just before this launch, from the first tile to the last.
-  order.forward_tiles = norms_are_given ? 0 : static_cast<uint32_t>(usable / kernel.tile_bytes());
+  // The first tiles of a larger tensor have left L2 when its norms end. Its last tiles are still there. The
+  // same goes for every tensor of an update: the launch before it took the norms, from the first tile to the
+  // last.
+  order.forward_tiles = pass == Pass::update ? 0 : static_cast<uint32_t>(usable / kernel.tile_bytes());
 
   // Two fifths of that are for what norm items have read and update items will read again. The rest is for
   // the updates' own traffic.

@@ -108,14 +108,14 @@ void step_cuda(const Step& step) {
     const bool master = tensor.master_param.defined();
     const auto momentum_type = tensor.momentum_buffer.defined() ? tensor.momentum_buffer : tensor.weight();
     bucket_of(buckets, {element(tensor.param), element(tensor.grad), element(momentum_type), master})
-        .push_back({.weight = tensor.weight().data_ptr(),
-                    .grad = tensor.grad.const_data_ptr(),
-                    .momentum_buffer = data_or_null<void>(tensor.momentum_buffer),
-                    .param = tensor.param.data_ptr(),
-                    .step = data_or_null<float>(tensor.step),
-                    .numel = tensor.param.numel(),
-                    .index = static_cast<uint32_t>(i),
-                    .group = row_of_group[tensor.group]});
+        .push_back({{.weight = tensor.weight().data_ptr(),
+                     .grad = tensor.grad.const_data_ptr(),
+                     .momentum_buffer = data_or_null<void>(tensor.momentum_buffer)},
+                    tensor.param.data_ptr(),
+                    data_or_null<float>(tensor.step),
+                    tensor.param.numel(),
+                    static_cast<uint32_t>(i),
+                    row_of_group[tensor.group]});
   };
   if (step.squared_norms.defined()) {
     // An earlier launch took the norms, in order. L2 still holds what it read last, so that comes first.
@@ -125,9 +125,10 @@ void step_cuda(const Step& step) {
   }
 
   LaunchOptions options;
+  options.pass = step.squared_norms.defined() ? Pass::update : Pass::step;
   options.grad_scale = data_or_null<const float>(step.grad_scale);
   options.found_inf = data_or_null<const float>(step.found_inf);
-  options.given_squared_norms = data_or_null<const double>(step.squared_norms);
+  options.squared_norms = data_or_null<double>(step.squared_norms);
   options.trust_ratios = data_or_null<double>(step.trust_ratios);
   options.layer_norms = data_or_null<double>(step.layer_norms);
   launch_all(buckets, rows, options, step.workspace, step.tensors[0].param);
@@ -151,16 +152,15 @@ at::Tensor squared_norms_cuda(const NormCall& call) {
       types = {Element::f64, Element::f64, Element::f64, /*master=*/false};
     }
     bucket_of(buckets, types)
-        .push_back({.weight = param.data_ptr(),
-                    .grad = grad.data_ptr(),
-                    .momentum_buffer = nullptr,
-                    .param = nullptr,
-                    .step = nullptr,
-                    .numel = param.numel(),
-                    .index = static_cast<uint32_t>(i),
-                    .group = static_cast<uint32_t>(call.group_of[i])});
+        .push_back({{.weight = param.data_ptr(), .grad = grad.data_ptr(), .momentum_buffer = nullptr},
+                    /*param=*/nullptr,
+                    /*step=*/nullptr,
+                    param.numel(),
+                    static_cast<uint32_t>(i),
+                    static_cast<uint32_t>(call.group_of[i])});
   }
   LaunchOptions options;
+  options.pass = Pass::norms;
   options.grad_scale = data_or_null<const float>(call.grad_scale);
   options.squared_norms = result.data_ptr<double>();
   launch_all(buckets, rows, options, call.workspace, result);

@@ -76,7 +76,7 @@ __device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, co
   work.tiles = tiles;
   // A tensor whose norms are needed and which has no norm items has one tile.
   const Hyperparameters& group = p.group(row.group).hyperparameters;
-  work.takes_norms = !item.is_update || (!has_norm_items && p.given_squared_norms == nullptr &&
+  work.takes_norms = !item.is_update || (!has_norm_items && p.pass == Pass::step &&
                                          (group.layer_adaptation || p.layer_norms != nullptr));
   work.waits = item.is_update && has_norm_items;
   work.has_decayed_norm = group.decayed_norm;
@@ -135,8 +135,8 @@ __device__ __forceinline__ void record_norms(const Parameters& p, uint32_t tenso
 // The trust ratio of a tensor whose norms are given, or that has no need of norms.
 __device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, const WorkItem& item) {
   Sums<double> given = {0.0, 0.0};
-  if (p.given_squared_norms != nullptr) {
-    const double* row = p.given_squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
+  if (p.pass == Pass::update) {
+    const double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
     given = {sqrt(row[0]), sqrt(row[1])};
     if (item.tile == 0) record_norms(p, item.tensor, given);
   }
@@ -215,7 +215,7 @@ __device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<
   __syncwarp();
   if (lane == 0) {
     counter = 0;
-    if (p.squared_norms != nullptr) {
+    if (p.pass == Pass::norms) {
       double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
       row[0] = total.weight;
       row[1] = total.grad;

@@ -11,9 +11,9 @@ constexpr int64_t kMiB = 1 << 20;
 constexpr DeviceSize kH100 = {132, 50 * kMiB}, kA100 = {108, 40 * kMiB}, kT4 = {40, 4 * kMiB};
 constexpr Footprint kFp32 = {4, 16384, 8192}, kBf16 = {4, 16384, 8192 / 2};
 
-Order window_of(const Footprint& kernel, const DeviceSize& device, bool norms_are_given = false) {
+Order window_of(const Footprint& kernel, const DeviceSize& device, Pass pass = Pass::step) {
   Order order = {};
-  set_window(order, kernel, device, norms_are_given);
+  set_window(order, kernel, device, pass);
   return order;
 }
 
@@ -58,9 +58,9 @@ TEST(Plan, TensorsThatFitInTheL2AreUpdatedFromTheirBeginning) {
   EXPECT_GT(window_of(kBf16, kH100).forward_tiles, window_of(kFp32, kH100).forward_tiles);
 }
 
-// Norms that are given were taken in order, so the end of any tensor was read last.
-TEST(Plan, NormsThatAreGivenMakeEveryTensorLarge) {
-  EXPECT_EQ(window_of(kFp32, kH100, true).forward_tiles, 0u);
+// The launch before it took the norms in order, so the end of any tensor was read last.
+TEST(Plan, AnUpdateBeginsAtTheEndOfEveryTensor) {
+  EXPECT_EQ(window_of(kFp32, kH100, Pass::update).forward_tiles, 0u);
 }
 
 }  // namespace
