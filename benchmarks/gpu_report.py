@@ -54,6 +54,9 @@ class Programs:
 
     def __init__(self, folder: pathlib.Path, seconds: float) -> None:
         self.folder, self._end = folder, time.monotonic() + seconds
+        # A shell ignores interrupts for what it starts in the background, and programs would inherit that.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def left(self) -> float:
         """Seconds."""
