@@ -1,16 +1,18 @@
 """Drives CMake: CMakeLists.txt is the one definition of the build, pyproject.toml has the metadata.
 
-    pip install --no-build-isolation .
+    pip install .
 
 builds against the torch that is installed. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -39,30 +41,44 @@ def from_cmake(pattern: str) -> str:
     return re.search(pattern, (ROOT / "CMakeLists.txt").read_text())[1]
 
 
-def torch_requirement() -> str:
-    """The series of torch that a wheel built here holds for; without torch (an sdist), all that may do."""
+def find_torch() -> Path | None:
+    """The folder of the torch to build against.
+
+    pip's isolated builds hide what is installed from imports. It is the torch that the library will run with
+    all the same, so it is looked for in this Python's site-packages too.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None:
+        site_packages = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+        spec = importlib.machinery.PathFinder.find_spec("torch", site_packages)
+    return None if spec is None else Path(spec.submodule_search_locations[0])
+
+
+def torch_requirement() -> str:
+    """The series of torch that a wheel built here holds for; without torch (an sdist), all that may do."""
+    torch = find_torch()
+    if torch is None:
         return "torch>=" + from_cmake(r"set\(FUSED_LARS_OLDEST_TORCH ([\d.]+)")
-    text = Path(spec.submodule_search_locations[0], "version.py").read_text()
-    return "torch==" + re.search(r"__version__ = '(\d+\.\d+)", text)[1] + ".*"
+    return "torch==" + re.search(r"__version__ = '(\d+\.\d+)", (torch / "version.py").read_text())[1] + ".*"
 
 
 class CMakeBuild(build_ext):
     """Builds the C++ part and installs it into the package, in build_lib or (editable) in the checkout."""
 
     def run(self) -> None:
-        if importlib.util.find_spec("torch") is None:
+        torch = find_torch()
+        if torch is None:
             sys.exit(
-                f"fused_lars is built against the torch that is installed, and {sys.executable} has none. "
-                "Install torch, then run: pip install --no-build-isolation ."
+                "fused_lars is built against the torch that is installed, and there is none for "
+                f"{sys.executable}. Where torch is installed, the build is isolated from it: add "
+                "--no-build-isolation. Else install torch first"
             )
         cmake = tool("cmake") or sys.exit("fused_lars needs CMake: pip install cmake ninja")
         in_place = self.inplace or self.editable_mode
         package = (
             ROOT / "torch_ext" / "fused_lars" if in_place else Path(self.build_lib, "fused_lars").resolve()
         )
-        configure = [cmake, "-S", ROOT, "-B", self.build_temp, f"-DPython3_EXECUTABLE={sys.executable}"]
+        configure = [cmake, "-S", ROOT, "-B", self.build_temp, f"-DTorch_DIR={torch / 'share/cmake/Torch'}"]
         configure += [
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}",

@@ -94,7 +94,17 @@ void fused_backend(Step& step) {
   run_dense(kernel, step);
 }
 
+// On an accelerator with fused kernels, nobody would notice that this build has none.
+void warn_if_kernels_are_missing(const at::Tensor& param) {
+  if (param.is_cuda()) {
+    TORCH_WARN_ONCE("this build of fused_lars has no CUDA kernels: tensors on ", param.device(),
+                    " are stepped by ordinary operators, which are slower. fused_lars.show_config() says what "
+                    "was built, docs/install.md how to build the kernels");
+  }
+}
+
 void fallback_backend(Step& step) {
+  warn_if_kernels_are_missing(step.tensors[0].param);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   bump_versions(step);
   step_reference(step);
@@ -198,7 +208,10 @@ at::Tensor fused_norm_backend(NormCall& call) {
   return run_dense(kernel, call);
 }
 
-at::Tensor fallback_norm_backend(NormCall& call) { return squared_norms_reference(call); }
+at::Tensor fallback_norm_backend(NormCall& call) {
+  warn_if_kernels_are_missing(call.params[0]);
+  return squared_norms_reference(call);
+}
 
 at::Tensor meta_norm_backend(NormCall& call) {
   const auto& param = call.params[0];
