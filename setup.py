@@ -69,9 +69,9 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         if torch is None:
             sys.exit(
-                "fused_lars is built against the torch that is installed, and there is none for "
-                f"{sys.executable}. Where torch is installed, the build is isolated from it: add "
-                "--no-build-isolation. Else install torch first"
+                f"fused_lars is built against the torch that is installed, and {sys.executable} has none. "
+                "If torch is installed, this build is isolated from it: add --no-build-isolation. "
+                "If it is not, install torch first"
             )
         cmake = tool("cmake") or sys.exit("fused_lars needs CMake: pip install cmake ninja")
         in_place = self.inplace or self.editable_mode

@@ -97,9 +97,10 @@ void fused_backend(Step& step) {
 // On an accelerator with fused kernels, nobody would notice that this build has none.
 void warn_if_kernels_are_missing(const at::Tensor& param) {
   if (param.is_cuda()) {
-    TORCH_WARN_ONCE("this build of fused_lars has no CUDA kernels: tensors on ", param.device(),
-                    " are stepped by ordinary operators, which are slower. fused_lars.show_config() says what "
-                    "was built, docs/install.md how to build the kernels");
+    TORCH_WARN_ONCE(
+        "this build of fused_lars has no CUDA kernels: tensors on ", param.device(),
+        " are stepped by ordinary operators, which are slower. fused_lars.show_config() says what "
+        "was built, docs/install.md how to build the kernels");
   }
 }
 

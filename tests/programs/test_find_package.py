@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,20 @@ CONSUMER = ROOT / "tests" / "programs" / "consumer"
 NOT_NEEDED = ("Torch", "Caffe2", "CUDA", "CUDAToolkit", "Python3")
 
 
-def run(*command, **environment) -> str:
+STEP = """
+import os, fused_lars, torch
+assert os.path.dirname(fused_lars.__file__).startswith(os.environ["PYTHONPATH"]), fused_lars.__file__
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+fused_lars.LARS([weight], fused=True).step()
+assert weight[0] < 1
+"""
+
+
+def run(*command, cwd=None, **environment) -> str:
     done = subprocess.run(
         [str(part) for part in command],
+        cwd=cwd,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,12 +63,13 @@ def wheel(tmp_path) -> list[Path]:
     )
     (file,) = tmp_path.glob("fused_lars-*-py3-none-*.whl")
     site_packages = tmp_path / "site-packages"
-    zipfile.ZipFile(file).extractall(site_packages)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site_packages, file)
     # In site-packages torch is beside it, and what pip installed for torch.
     beside = Path(torch.__file__).parents[1]
     for name in ("torch", "nvidia"):
         if (beside / name).exists():
             (site_packages / name).symlink_to(beside / name)
+    run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(site_packages))
     return [site_packages / "fused_lars" / "share" / "cmake"]
 
 

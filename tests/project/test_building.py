@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from paths import ROOT
 
@@ -23,6 +24,39 @@ runpy.run_path({str(ROOT / "setup.py")!r})
     assert done.returncode == 1
     assert "fused_lars is built with setuptools>=70.1, and" in done.stderr
     assert "pip install --upgrade 'setuptools>=70.1'" in done.stderr
+
+
+# In pip's isolated builds, torch cannot be imported, and sysconfig knows where it would be.
+ISOLATED = f"""
+import importlib.util, runpy, sys, sysconfig
+find_spec, get_path = importlib.util.find_spec, sysconfig.get_path
+importlib.util.find_spec = lambda name: None if name == "torch" else find_spec(name)
+sysconfig.get_path = lambda *arguments: SITE or get_path(*arguments)
+sys.argv = ["setup.py", *ARGUMENTS]
+runpy.run_path({str(ROOT / "setup.py")!r})
+"""
+
+
+def run_isolated(*arguments, site=None):
+    program = ISOLATED.replace("SITE", repr(site)).replace("ARGUMENTS", repr([*map(str, arguments)]))
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_an_isolated_build_is_against_the_torch_that_is_installed(tmp_path):
+    pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
+    done = run_isolated("--quiet", "egg_info", "--egg-base", tmp_path)
+    assert done.returncode == 0, done.stderr
+    series = ".".join(torch.__version__.split(".")[:2])
+    assert (tmp_path / "fused_lars.egg-info" / "requires.txt").read_text() == f"torch=={series}.*\n"
+
+
+def test_a_build_without_torch_says_what_to_do(tmp_path):
+    pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
+    done = run_isolated("--quiet", "build_ext", "--build-lib", tmp_path, site=str(tmp_path))
+    assert done.returncode == 1
+    assert f"against the torch that is installed, and {sys.executable} has none. If torch is" in done.stderr
+    assert "add --no-build-isolation. If it is not, install torch first" in done.stderr
 
 
 def test_types_are_part_of_the_package(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 _LIB = Path(__file__).parent / "lib"
-_BUILD = "Build it with this torch: `pip install --no-build-isolation .`, in a checkout `make build`"
+_BUILD = "Build it with this torch: `pip install .`, in a checkout `make build`"
 
 
 def _load() -> None:
