@@ -20,7 +20,7 @@ from ._checks import (
 )
 from ._names import parameter_name
 
-_get_hyperparameters = itemgetter(*HYPERPARAMETERS)
+get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 _MASTER_WEIGHTS = HYPERPARAMETERS.index("master_weights")
 
 # What the op takes as it is; most often nothing is there but these.
@@ -80,12 +80,12 @@ class OpCall:
         self.group_indices.append(index)
         # torch.compile does not look into an itemgetter.
         compiling = torch.compiler.is_compiling()
-        values = tuple(group[name] for name in HYPERPARAMETERS) if compiling else _get_hyperparameters(group)
+        values = tuple(group[name] for name in HYPERPARAMETERS) if compiling else get_hyperparameters(group)
         self.hyperparameters.append(values)
 
     def take_hyperparameters(self, param_groups) -> None:
         """Takes what the call's groups have now."""
-        self.hyperparameters = [_get_hyperparameters(param_groups[index]) for index in self.group_indices]
+        self.hyperparameters = [get_hyperparameters(param_groups[index]) for index in self.group_indices]
 
     def group_sizes(self) -> list[int]:
         return [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ._checks import HYPERPARAMETERS, NUMBERS, SWITCHES, are_plain
-from ._op_call import OpCall, hyperparameter_lists, on_device
+from ._op_call import OpCall, get_hyperparameters, hyperparameter_lists, on_device
 from ._records import Record
 from ._same import SameParams, SameState
 
-get_options = itemgetter(*HYPERPARAMETERS, "foreach", "differentiable", "fused")
-_MOMENTUM, _DAMPENING = HYPERPARAMETERS.index("momentum"), HYPERPARAMETERS.index("dampening")
-_MASTERS = HYPERPARAMETERS.index("master_weights")
+_WAY_TO_COMPUTE = ("foreach", "differentiable", "fused")
+_get_options = itemgetter(*HYPERPARAMETERS, *_WAY_TO_COMPUTE)
+_get_needs = itemgetter("momentum", "dampening", "master_weights", *_WAY_TO_COMPUTE)
 
 
 class PreparedStep:
@@ -28,7 +28,7 @@ class PreparedStep:
         self._device, self._record, self._workspace = call.device, record, workspace
         self._params = SameParams(param_groups)
         self._options: list[tuple] = []
-        self._kept = [*map(needs, map(get_options, param_groups))]
+        self._needs = [*map(needs, param_groups)]
         self._state = SameState(state)
         params, _, *state_lists = call.lists
         self.has_masters = bool(call.lists.master_params)
@@ -65,10 +65,10 @@ class PreparedStep:
         # A captured graph keeps what it writes.
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        options = [*map(get_options, param_groups)]
+        options = [*map(_get_options, param_groups)]
         if not are_plain(chain.from_iterable(options)):
             return False
-        return options == self._options or self._hand_over(options)
+        return options == self._options or self._hand_over(param_groups, options)
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Makes the step. Returns False, and has done nothing, if it does not fit or is refused.
@@ -88,11 +88,11 @@ class PreparedStep:
         self._workspace.after_use()
         return done
 
-    def _hand_over(self, options: list[tuple]) -> bool:
-        if [*map(needs, options)] != self._kept:
+    def _hand_over(self, param_groups, options: list[tuple]) -> bool:
+        if [*map(needs, param_groups)] != self._needs:
             return False
         try:
-            values = hyperparameter_lists([o[: len(HYPERPARAMETERS)] for o in options])
+            values = hyperparameter_lists([*map(get_hyperparameters, param_groups)])
             self._call.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
         except (RuntimeError, TypeError, ValueError):
             return False
@@ -100,6 +100,7 @@ class PreparedStep:
         return True
 
 
-def needs(options: tuple) -> tuple:
+def needs(group) -> tuple:
     """What decides which tensors a group's call has, and how it is computed."""
-    return (bool(options[_MOMENTUM]), bool(options[_DAMPENING]), *options[_MASTERS:])
+    momentum, dampening, *others = _get_needs(group)
+    return (bool(momentum), bool(dampening), *others)

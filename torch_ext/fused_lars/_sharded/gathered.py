@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from .._gather import append_group
 from .._op_call import OpCalls, TensorLists, empty_lists, on_device, way_to_compute
-from .._prepared_step import get_options, needs
+from .._prepared_step import needs
 from .._same import SameState
 from .._step_inputs import StepInputs
 from .._torch_internals import get_local, get_spec
@@ -81,7 +81,7 @@ class Gathered:
         called = sum(len(call.params) for call in self.calls.values())
         if not self._has_own_grads or called != sum(len(part.params) for part in self._parts):
             return False  # some have no gradient
-        self._needs = [*map(needs, map(get_options, inputs.param_groups))]
+        self._needs = [*map(needs, inputs.param_groups)]
         try:
             self._state = SameState(inputs.state)
         except KeyError:
@@ -91,7 +91,7 @@ class Gathered:
     def renew(self, inputs: StepInputs) -> bool:
         """Takes the parameters' present gradients. Returns False if this is another step than the last."""
         groups = inputs.param_groups
-        if [*map(needs, map(get_options, groups))] != self._needs or not self._state.is_still(inputs.state):
+        if [*map(needs, groups)] != self._needs or not self._state.is_still(inputs.state):
             return False
         grads = []
         for part in self._parts:

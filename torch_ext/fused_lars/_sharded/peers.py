@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import HYPERPARAMETERS, NUMBERS
-
-_get_options = itemgetter(*HYPERPARAMETERS)
+from .._op_call import get_hyperparameters
 
 _ON_DEVICE = "a tensor on an accelerator"
 
@@ -57,7 +56,7 @@ class Peers:
 
         The value of an lr on an accelerator is left out: reading it would wait for the device.
         """
-        options = [_get_options(group) for group in groups]
+        options = [get_hyperparameters(group) for group in groups]
         for i, (lr, *others) in enumerate(options):
             if isinstance(lr, Tensor):
                 options[i] = (lr.item() if lr.device.type == "cpu" else _ON_DEVICE, *others)
