@@ -241,7 +241,7 @@ def test_bad_state_is_found_before_anything_is_written(op, spoil, message):
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 @pytest.mark.parametrize("kind", ["sparse", "dtype"])
 def test_the_optimizer_changes_nothing_before_a_bad_gradient_is_found(implementation, kind):
-    """Not even the state of a first step."""
+    """It does not even create the state of a first step."""
     params = [nn.Parameter(torch.ones(n)) for n in (3, 4)]
     optimizer = LARS(params, lr=0.1, momentum=0.9, **{implementation: True})
     params[0].grad = torch.ones(3)
