@@ -1,4 +1,4 @@
-"""What the build says where it cannot build."""
+"""The build's errors when it cannot build."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from paths import ROOT
 
 
 def test_old_setuptools():
-    """Before 70.1 it had no bdist_wheel, and pip looks at build requirements in isolated builds only."""
+    """Older versions had no bdist_wheel, and pip checks build requirements only in isolated builds."""
     pytest.importorskip("setuptools", reason="setup.py needs setuptools")
     program = f"""
 import runpy, sys
@@ -26,7 +26,7 @@ runpy.run_path({str(ROOT / "setup.py")!r})
 
 
 def test_types_are_part_of_the_package(tmp_path):
-    """Without py.typed a type checker takes all of an installed package for Any."""
+    """Without py.typed, type checkers treat an installed package as Any."""
     pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
     command = [sys.executable, ROOT / "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -34,7 +34,7 @@ def test_types_are_part_of_the_package(tmp_path):
 
 
 def test_old_torch(tmp_path):
-    """What pip and make show too, since both call CMake."""
+    """pip and make show it too, because both call CMake."""
     package = tmp_path / "torch" / "share" / "cmake" / "Torch"
     package.mkdir(parents=True)
     (package / "TorchConfig.cmake").touch()

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_report.py: the whole of it where there is a GPU, what it writes anywhere."""
+"""benchmarks/gpu_report.py: all of it with a GPU, and its written files on any machine."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def gpu_report(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 def test_report_of_a_gpu_cuda(tmp_path):
-    """One part fails, for a digest of zeros: it is said, and what comes after it is run."""
+    """One part fails, because its digest is zeros. The report says so, and the parts after it run."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not on this machine')")
     (tmp_path / "timm.py").write_text("raise ImportError('not on this machine')")
     options = ["--quick", "--workloads", "161 tensors of one element", "--types", "bf16", "masters"]
@@ -111,7 +111,7 @@ def test_tests_are_counted_and_files_that_lack_a_module_are_named(gpu_report):
 
 
 def test_a_program_is_stopped_when_its_time_is_over(gpu_report, tmp_path):
-    """By an interrupt, upon which it may say what it has."""
+    """An interrupt stops it, so that it can still print its results."""
     program = (
         "try:\n  print('ready', flush=True)\n  import time; time.sleep(600)\nfinally:\n  print('results')"
     )
@@ -136,7 +136,7 @@ def test_why_a_program_failed(gpu_report):
 
 
 def test_sanitizers_find_errors_or_do_not_run(gpu_report, monkeypatch, tmp_path):
-    """One that finds none, one that finds some, one that cannot run, one that takes too long."""
+    """One finds nothing, one finds errors, one cannot run, and one takes too long."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         """#!/bin/sh
