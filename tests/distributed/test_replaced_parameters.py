@@ -192,7 +192,7 @@ def test_megatron():
     assert_refused(optimizer)
 
 
-# ---------------------------------------------------------------- what is no flat tensor
+# ---------------------------------------------------------------- tensors that are not flat
 
 
 def test_fp32_masters_in_their_place():

@@ -261,7 +261,7 @@ def test_lazy_parameters():
     assert names(groups[0]) == {"0.weight", "2.weight"}
 
 
-# ---------------------------------------------------------------- models that are no Python modules any more
+# ---------------------------------------------------------------- models that are no longer Python modules
 
 
 class Block(nn.Module):

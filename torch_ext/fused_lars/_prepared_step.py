@@ -20,8 +20,8 @@ class PreparedStep:
     """The only op call of a step, ready to be repeated.
 
     Handing all tensors to an op takes the host longer than the op's checks. So this hands over only what can
-    change between steps: options, if they did, and gradients, which C++ reads from the parameters. Parameters
-    and state are compared by identity. If anything else in them has changed, the op checks it.
+    change between steps: options, if they changed, and gradients, which C++ reads from the parameters.
+    Parameters and state are compared by identity. If anything else in them has changed, the op checks it.
     """
 
     def __init__(self, call: OpCall, param_groups, state, record: Record, workspace) -> None:

@@ -30,12 +30,12 @@ class Peers:
     """Ranks that share parameters.
 
     Args:
-        ranks: all of them, sorted, this one included.
-        process_groups: to sum over, one after another, for a sum over all of them.
-        device: of the messages.
-        staging: the device to sum on, where the process groups have no back end for `device`.
+        ranks: all of them, sorted, with this one.
+        process_groups: the groups to sum over, one after another, to get the sum over all ranks.
+        device: the device of the messages.
+        staging: the device to sum on if the process groups have no back end for `device`, else None.
         params: a line about each parameter, in the order of the message.
-        sizes: how many of them, in turn, each parameter group has.
+        sizes: how many of these parameters each parameter group has, in the same order.
     """
 
     def __init__(self, ranks: tuple[int, ...], process_groups, device, staging, params, sizes) -> None:
