@@ -1,7 +1,7 @@
-# make train, make test and the rest do their own set-up: a virtual environment in .venv, and the build in place.
-# PYTHON3 is the Python to make .venv with, TORCH what pip installs as torch (2.9 or newer). FUSED_LARS_CUDA and
-# TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake. With PYTHON=python3 that Python is used
-# as it is, with the torch that it has, and nothing is installed.
+# make train, make test and the other targets set themselves up: a virtual environment in .venv, and the build
+# in place. PYTHON3 is the Python that makes .venv. TORCH is what pip installs as torch (2.9 or newer).
+# FUSED_LARS_CUDA and TORCH_CUDA_ARCH_LIST choose the CUDA part, see cmake/FusedLarsCuda.cmake. PYTHON=python3
+# uses that Python and its torch as they are, and installs nothing.
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -27,7 +27,7 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 train: $(VENV)/examples.stamp build
 	$(PYTHON) examples/digits.py
 
-# Features learnt without labels, by Barlow Twins.
+# Learns features without labels, by Barlow Twins.
 ssl: $(VENV)/examples.stamp build
 	$(PYTHON) examples/self_supervised.py
 
@@ -39,7 +39,8 @@ test: $(VENV)/test.stamp googletest
 bench: $(VENV)/bench.stamp build
 	$(PYTHON) benchmarks/step.py
 
-# Less than ten minutes, the build included unless it takes more than five. benchmarks/gpu_report.py says what it writes.
+# Takes less than ten minutes with the build, unless the build alone takes more than five.
+# benchmarks/gpu_report.py lists what it writes.
 gpu-report: $(VENV)/test.stamp
 	gpu=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') && \
 	$(MAKE) build FUSED_LARS_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$gpu}" && \
@@ -47,7 +48,7 @@ gpu-report: $(VENV)/test.stamp
 
 # ---------------------------------------------------------------- build
 
-# Installed into the package, so that the checkout is as complete as an installed wheel.
+# Installed into the package, so that a checkout is as complete as an installed wheel.
 build: $(VENV)/build.stamp
 	cmake -S . -B build $$(command -v ninja >/dev/null && echo -G Ninja) \
 	    -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" \
@@ -55,7 +56,7 @@ build: $(VENV)/build.stamp
 	cmake --build build --parallel $(JOBS)
 	cmake --install build >/dev/null
 
-# A program without Python that trains a model saved by one with it.
+# A program without Python, which trains a model that a Python program has saved.
 train-cpp: $(VENV)/examples.stamp build
 	$(MAKE) -C examples/train_without_python BUILD=$(CURDIR)/build/train_without_python
 
@@ -101,18 +102,19 @@ $(VENV)/bin/python:
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON3=...")'
 	$(PYTHON3) -m venv $(VENV)
 
-# torch and a group of pyproject.toml. What is there already costs pip seconds, and the stamp spares those.
+# Installs torch and a group of pyproject.toml. The stamp saves the seconds that pip takes to find that all is
+# there.
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.txt | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
 	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }
 	@touch $@
 
-# Newer than the stamps only when another torch is asked for than the last time.
+# Becomes newer than the stamps only if another torch is asked for than last time.
 $(VENV)/torch.txt: FORCE | $(VENV)/bin/python
 	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' >$@
 FORCE:
 
-# nvcc for the torch that is installed, where the CUDA part is wanted and the machine has no toolkit.
+# Installs nvcc for the installed torch, if the CUDA part is wanted and the machine has no toolkit.
 ifeq ($(FUSED_LARS_CUDA)$(shell command -v nvcc || command -v /usr/local/cuda/bin/nvcc),1)
 build: $(VENV)/toolkit.stamp
 $(VENV)/toolkit.stamp: $(VENV)/build.stamp

@@ -1,8 +1,8 @@
-"""Drives CMake: CMakeLists.txt is the one definition of the build, pyproject.toml has the metadata.
+"""Runs CMake. CMakeLists.txt is the only definition of the build, and pyproject.toml has the metadata.
 
     pip install .
 
-builds against the torch that is installed. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+builds against the installed torch. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
 import importlib.machinery
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
-    # Without build isolation pip does not look at what pyproject.toml requires.
+    # Without build isolation, pip does not check the build requirements in pyproject.toml.
     needed = re.search(r"setuptools>=[\d.]+", (ROOT / "pyproject.toml").read_text())[0]
     sys.exit(
         f"fused_lars is built with {needed}, and {sys.executable} has {setuptools.__version__}. "
@@ -33,7 +33,7 @@ except ImportError:
 
 
 def tool(name: str) -> str | None:
-    """The path of a program on the PATH or beside this Python, where pip puts programs."""
+    """The path of a program on the PATH or beside this Python, where pip installs programs."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
@@ -45,7 +45,7 @@ def find_torch() -> Path | None:
     """The folder of the torch to build against.
 
     pip's isolated builds hide what is installed from imports. It is the torch that the library will run with
-    all the same, so it is looked for in this Python's site-packages too.
+    all the same, so this Python's site-packages are searched too.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None:
@@ -55,7 +55,7 @@ def find_torch() -> Path | None:
 
 
 def torch_requirement() -> str:
-    """The series of torch that a wheel built here holds for; without torch (an sdist), all that may do."""
+    """The series of torch that a wheel built here works with. Without torch (an sdist), all that may work."""
     torch = find_torch()
     if torch is None:
         return "torch>=" + from_cmake(r"set\(FUSED_LARS_OLDEST_TORCH ([\d.]+)")
@@ -91,7 +91,7 @@ class CMakeBuild(build_ext):
             [cmake, "--build", self.build_temp, "--parallel", jobs, "--target", "install"], check=True
         )
 
-    # setuptools asks about Python extension modules; there are none.
+    # setuptools asks these about Python extension modules. There are none.
     def get_source_files(self) -> list[str]:
         return []
 
@@ -103,7 +103,7 @@ class CMakeBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library knows nothing of Python, so one wheel serves all its versions."""
+    """A wheel for all versions of Python, because the library does not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -112,6 +112,6 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     version=from_cmake(r"project\(fused_lars VERSION ([\d.]+)"),
     install_requires=[torch_requirement()],
-    ext_modules=[Extension("fused_lars", [])],  # makes the wheel one of a platform
+    ext_modules=[Extension("fused_lars", [])],  # makes the wheel specific to a platform
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,17 +1,17 @@
-"""What a GPU makes of fused_lars: figures, digests, CUDA tests and sanitizers, in one folder.
+"""Measures and tests fused_lars on a GPU: figures, digests, CUDA tests and sanitizers, in one folder.
 
     make gpu-report
     make gpu-report PYTHON=python3
     make gpu-report OPTIONS="--digest 0123..."
 
-The second form takes a Python that has torch as it is, and installs nothing; OPTIONS are those of this
-program. The report says of each part that it passed, that it failed, or why it was not run; no part stops the
-others. Exits 1 where one failed, and 2 without a GPU. The report is written after each part, so that a run
-that was cut short leaves what came before.
+The second form uses that Python and its torch as they are, and installs nothing. OPTIONS are options of this
+program. For each part the report says that it passed, that it failed, or why it was not run. A part that
+fails does not stop the others. The exit status is 1 if a part failed, and 2 without a GPU. The report is
+written after each part, so a run that is cut short leaves the parts before.
 
 report.md    the tables
-report.json  the same, all digits, and what the machine is
-report.png   each step as a multiple of the memory floor, where matplotlib is installed
+report.json  the same with all digits, and the machine
+report.png   each step as a multiple of the memory floor, if matplotlib is installed
 *.log        what the programs printed
 """
 
@@ -38,19 +38,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
 TYPES = ("fp32", "bf16", "masters")
 OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
-# Those of the step itself first, since the rest may be cut short.
+# Tests of the step itself come first, because the rest may be cut short.
 TESTS = sorted(
     ROOT.glob("tests/**/test_*.py"),
     key=lambda path: (path.name != "test_cuda.py", path.parent.name != "ops", path),
 )
 DIGEST = [sys.executable, "tests/support/digest.py", "cuda", "1"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-FOUND_ERRORS = 9  # a sanitizer's exit status then
+FOUND_ERRORS = 9  # exit status of a sanitizer that has found errors
 ABSENT = re.compile(r"No module named '?([\w.]+)")
 
 
 class Programs:
-    """Runs programs, all together for `seconds` at most; what they print goes to logs in a folder."""
+    """Runs programs for at most `seconds` in total. Their output goes to logs in a folder."""
 
     def __init__(self, folder: pathlib.Path, seconds: float) -> None:
         self.folder, self._end = folder, time.monotonic() + seconds
@@ -59,11 +59,11 @@ class Programs:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def left(self) -> float:
-        """Seconds."""
+        """Returns the seconds that are left."""
         return max(0.0, self._end - time.monotonic())
 
     def run(self, name: str, command, seconds=math.inf, **environment) -> tuple[int | None, str]:
-        """The exit status, None where it was stopped after `seconds` or at the end; and what was printed."""
+        """Returns the exit status and the output. The status is None if time was up."""
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -78,7 +78,7 @@ class Programs:
                 status = process.wait(min(seconds, self.left()))
             except subprocess.TimeoutExpired:
                 status = None
-                process.send_signal(signal.SIGINT)  # upon which pytest reports what has run
+                process.send_signal(signal.SIGINT)  # pytest then reports what has run
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)
             finally:
@@ -94,7 +94,7 @@ def part(name: str, result: str, text: str) -> dict[str, str]:
 
 
 def outcome(status: int | None, output: str) -> tuple[str, str]:
-    """A program's result and what there is to say, which after an exception is the last line."""
+    """Returns a program's result and a text about it: after an exception, the last line of output."""
     last = output.strip().rpartition("\n")[2]
     if status is None:
         return "failed", "it did not end in its time"
@@ -107,8 +107,8 @@ def outcome(status: int | None, output: str) -> tuple[str, str]:
 
 
 def figures(programs, options, report):
-    """Times of each workload and type, in a process of its own: a fault ends that process only."""
-    seconds = 0.012 * options.seconds  # some two minutes together, with the starts of the programs
+    """Times each workload and type in its own process, so that a fault ends only that process."""
+    seconds = 0.012 * options.seconds  # about two minutes in total, with program starts
     for workload in options.workloads:
         for types in options.types:
             name = re.sub(r"\W+", "-", f"figures {workload} {types}")
@@ -128,7 +128,7 @@ def figures(programs, options, report):
 
 
 def digests(programs, options, report):
-    """The same bits each time, and those of another GPU where its digest is given."""
+    """Checks that digests repeat, and that they equal another GPU's if its digest is given."""
     found = []
     for run in range(2):
         status, output = programs.run(f"digest-{run}", [*DIGEST, "1"], programs.left() / 4)
@@ -145,7 +145,7 @@ def digests(programs, options, report):
 
 
 def tests(programs, options, report):
-    """The CUDA tests, in several processes where pytest-xdist is installed."""
+    """Runs the CUDA tests, in several processes if pytest-xdist is installed."""
     xml = programs.folder / "tests.xml"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda and not examples and not gpu_report"]
@@ -164,7 +164,7 @@ def tests(programs, options, report):
 
 
 def count_tests(xml) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tests by result in pytest's XML; and the files that need a module that is not there, with its name."""
+    """Counts tests by result in pytest's XML, and lists files that need a missing module, with its name."""
     counts, absent = {"passed": 0, "failed": 0, "skipped": 0}, []
     for case in xml.iter("testcase"):
         error = case.find("error")
@@ -179,7 +179,7 @@ def count_tests(xml) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def sanitizers(programs, options, report):
-    """compute-sanitizer on the program of the digests, which takes every type and layout."""
+    """Runs compute-sanitizer on the digest program, which uses every type and layout."""
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=places)
     for index, tool in enumerate(SANITIZERS):
@@ -187,7 +187,7 @@ def sanitizers(programs, options, report):
             yield part(tool, "not run", "compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin")
             continue
         command = [program, "--tool", tool, "--error-exitcode", FOUND_ERRORS]
-        # initcheck has to see torch's kernels write.
+        # initcheck must also see the writes of torch's kernels.
         command += [] if tool == "initcheck" else ["--kernel-regex", "kns=step_kernel"]
         seconds = programs.left() / (len(SANITIZERS) - index)
         status, output = programs.run(tool, [*command, *DIGEST], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -229,7 +229,7 @@ def main() -> None:
         try:
             for line in parts(programs, options, report):
                 report["parts"].append(line)
-        except Exception as error:  # whatever it is, the other parts are run
+        except Exception as error:  # whatever it is, run the other parts
             report["parts"].append(part(parts.__name__, "failed", repr(error)))
         if parts is figures:
             report["machine"]["nvidia-smi after figures"] = driver_and_clocks()

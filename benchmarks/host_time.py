@@ -1,12 +1,12 @@
-"""The host's time for one step of many small parameters: plain ones, and with two processes sharded ones.
+"""Measures the host's time for one step of many small parameters: plain, or sharded over two processes.
 
     python benchmarks/host_time.py
     torchrun --nproc-per-node 2 benchmarks/host_time.py
 
-On a GPU a step takes as long as the host needs to ask for it, so this is measured where the work itself is
-nothing: parameters of 16 elements, on the CPU, with one thread. Sharded ones are those of fully_shard.
-Optimizers take turns. What is printed is the median over steps of the main thread's CPU time, which leaves
-out waiting for the message to the other process.
+On a GPU, a step of small parameters takes as long as the host needs to launch it. So this measures steps with
+almost no work of their own: parameters of 16 elements, on the CPU, with one thread. fully_shard makes the
+sharded ones. Optimizers take turns. The printed figure is the median over steps of the main thread's CPU
+time, which does not include waiting for messages of the other process.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def make(name: str, count: int, mesh):
-    """An optimizer with two groups, as LARS has them, for parameters that have gradients."""
+    """Makes an optimizer with two groups, as LARS has them, for parameters that have gradients."""
     model = Model(count)
     if mesh is not None:
         fully_shard(model, mesh=mesh)
@@ -50,12 +50,12 @@ def make(name: str, count: int, mesh):
 
 
 def measure(count: int, mesh, steps: int) -> dict[str, float]:
-    """Microseconds of a step by each optimizer that takes the parameters."""
+    """Returns the microseconds of a step for each optimizer that takes the parameters."""
     # torch's fused SGD takes no DTensors.
     names = [name for name in OPTIMIZERS if mesh is None or name != "torch SGD, fused"]
     optimizers = {name: make(name, count, mesh) for name in names}
     times = {name: [] for name in names}
-    for step in range(steps + 5):  # the first ones make state
+    for step in range(steps + 5):  # the first steps create state
         for name, optimizer in optimizers.items():
             start = time.thread_time()
             optimizer.step()

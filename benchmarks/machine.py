@@ -1,4 +1,4 @@
-"""What a GPU report says of the machine: the GPU, its driver and clocks, versions."""
+"""Describes the machine in a GPU report: the GPU, its driver and clocks, versions."""
 
 import pathlib
 import subprocess
@@ -11,8 +11,8 @@ import fused_lars
 
 
 def output_of(*command) -> str | None:
-    """What a program prints; None where it is not there or fails."""
-    folder = pathlib.Path(__file__).parent  # of the checkout
+    """Returns what a program prints, or None if it is missing or fails."""
+    folder = pathlib.Path(__file__).parent  # in the checkout
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -21,7 +21,7 @@ def output_of(*command) -> str | None:
 
 
 def driver_and_clocks() -> dict[str, str] | None:
-    """What nvidia-smi says; None without it."""
+    """Returns what nvidia-smi says, or None without it."""
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw")
     gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
     line = output_of("nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")

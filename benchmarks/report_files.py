@@ -1,4 +1,4 @@
-"""Writes a GPU report: Markdown for people, JSON for programs, a plot where matplotlib is installed."""
+"""Writes a GPU report: Markdown for people, JSON for programs, and a plot if matplotlib is installed."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ def fact(value) -> str:
 
 
 def figure_rows(result):
-    """A row for each optimizer of a result of step.py, fastest first, with COLUMNS behind its name."""
+    """Yields a row for each optimizer of a step.py result, fastest first: the name, then COLUMNS."""
     cold = {step["optimizer"]: step["ms"] for step in result["steps"]}
     for step in result["steps"]:
         times = [number(step.get(kind), 1e3) for kind in ("ms", "warm_ms", "graph_ms", "host_ms")]
@@ -45,7 +45,7 @@ def figure_rows(result):
 
 
 def markdown(report) -> str:
-    """The report as its reader sees it: what was run, what was not and why, the machine, the figures."""
+    """Returns the report for readers: what was run, what was not and why, the machine, the figures."""
     lines = [f"# fused_lars on {report['machine']['GPU']}", ""]
     lines += table(("part", "result", ""), [line.values() for line in report["parts"]])
     lines += ["", "## Figures", *EXPLANATION.splitlines()]
@@ -60,7 +60,7 @@ def markdown(report) -> str:
 
 
 def write(report, folder: pathlib.Path) -> None:
-    """Writes report.md, report.json and report.png into a folder. The table says where there is no plot."""
+    """Writes report.md, report.json and report.png to a folder. Without a plot, the table says why."""
     parts = report["parts"]
     try:
         from step import plot

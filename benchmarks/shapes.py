@@ -1,4 +1,4 @@
-"""Shapes of the parameters of the models that are timed, in the order of torchvision's `parameters()`."""
+"""Parameter shapes of the models that are timed, in the order of torchvision's `parameters()`."""
 
 
 def resnet50() -> list[tuple[int, ...]]:

@@ -3,21 +3,23 @@
     python benchmarks/step.py
     python benchmarks/step.py --device cuda
 
-The floor is the time that 20 bytes a parameter take (read the fp32 weight, gradient and momentum, write two
-of them) at the bandwidth of `x.add_(y)`, which moves 12 bytes an element and is timed in the same rounds, on
-tensors larger than the caches. With --types, parameters, gradients and momentum are bf16 (10 bytes), or
-parameters and gradients are bf16 beside an fp32 master and momentum (20 bytes), which fused_lars alone has.
+The floor is the time to move 20 bytes per parameter: read the fp32 weight, gradient and momentum, and write
+two of them. It is computed from the bandwidth of `x.add_(y)`, which moves 12 bytes per element. That is timed
+in the same rounds, on tensors larger than the caches. --types chooses other types: parameters, gradients and
+momentum in bf16 (10 bytes), or bf16 parameters and gradients with an fp32 master and momentum (20 bytes),
+which only fused_lars has.
 
 In a round every optimizer makes one step on the same parameters, in an order that changes from round to
-round; gradients are written anew before each, as by a backward pass. What is printed is the median over all
-rounds. All LARS do the same work: layer adaptation and weight decay on matrices and kernels, neither on
-vectors, momentum 0.9. SGD, which takes no norms, shows what they cost.
+round. Before each step the gradients are written again, as by a backward pass. The printed figure is the
+median over all rounds. All LARS do the same work: momentum 0.9, layer adaptation and weight decay on matrices
+and kernels, and neither on vectors. SGD takes no norms, so it shows what they cost.
 
-On CUDA the device's time and the host's are measured apart, see timing.py: "ms" is the device's with a cold
-L2, as after a backward pass; "warm" follows another step; "graph" is a replay of a captured step; "host" is
-until the step is queued. The table also has GB/s (of the floor's bytes), per cent of a device-to-device copy
-(8 bytes an element) in the same rounds, and how many kernels, copies and memsets a step is, where torch's
-profiler tells. A peer that is not installed, or does not run on the device, is named and left out.
+On CUDA the device's time and the host's are measured separately, see timing.py. "ms" is the device's time
+with a cold L2, as after a backward pass. "warm" follows another step. "graph" is a replay of a captured step.
+"host" is the time until the step is queued. The table also has GB/s (of the floor's bytes), per cent of a
+device-to-device copy (8 bytes per element) in the same rounds, and the number of kernels, copies and memsets
+in a step if torch's profiler shows it. A peer that is not installed, or does not run on the device, is named
+and left out.
 """
 
 import argparse
@@ -35,10 +37,10 @@ from timing import Timer, capture, launches
 import fused_lars
 
 ADD_BYTES, COPY_BYTES = 12, 8
-# Of the parameters and their gradients, and the bytes a parameter that a step must move.
+# The dtype of parameters and gradients, and the bytes per parameter that a step must move.
 TYPES = {"fp32": (torch.float32, 20), "bf16": (torch.bfloat16, 10), "masters": (torch.bfloat16, 20)}
 ADD, COPY = "x.add_(y)", "x.copy_(y)"
-# A rate so small that thousands of steps with the same gradients leave the weights what they are.
+# A rate so small that thousands of steps with the same gradients leave the weights as they are.
 OPTIONS = {"lr": 1e-6, "momentum": 0.9}
 WEIGHT_DECAY = 1e-4
 
@@ -76,7 +78,7 @@ def torch_sgd(**implementation):
     return lambda groups: torch.optim.SGD(groups, **implementation, **OPTIONS)
 
 
-# Each imports its optimizer and returns a function that makes one for parameter groups.
+# Each entry imports its optimizer and returns a function that makes one for parameter groups.
 PEERS = {
     "fused_lars": lambda: lambda groups: fused_lars.LARS(groups, capturable=True, **OPTIONS),
     "timm": lambda: timm(foreach=False),
@@ -112,7 +114,7 @@ MASTERS = {
     )
 }
 
-# Name: shapes, and what to time where that is not fused_lars and its peers.
+# By name: shapes, and what to time. None stands for fused_lars and its peers.
 WORKLOADS = {
     "ResNet-50": (resnet50(), None),
     "ViT-B/16": (vit_b_16(), None),
@@ -123,7 +125,7 @@ WORKLOADS = {
 
 
 def find_peers(names):
-    """What makes each optimizer from a list of parameters; and lines about those that are not there."""
+    """Returns a maker for each optimizer, and lines about the optimizers that are missing."""
     makers, left_out = {}, []
     for name in names:
         try:
@@ -139,7 +141,7 @@ def find_peers(names):
 
 
 def take_turns(names, time, seconds):
-    """Medians, by name and kind, of the figures that `time(name)` returns, and the number of rounds."""
+    """Returns medians of the figures of `time(name)`, by name and kind, and the number of rounds."""
     order, shuffle = list(names), random.Random(0).shuffle
     rounds = []
     end = time_now() + seconds
@@ -154,10 +156,10 @@ def take_turns(names, time, seconds):
 
 
 def measure(shapes, dtype, makers, options, probe_elements):
-    """Medians by name and kind, the number of rounds, and lines about what does not run on the device."""
+    """Returns medians by name and kind, the number of rounds, and lines about what the device cannot run."""
     device = options.device
     torch.manual_seed(0)
-    # From the CPU's generator, since a capture that was refused may leave the GPU's unusable.
+    # Drawn on the CPU, because a refused capture may leave the GPU's generator unusable.
     params = [torch.nn.Parameter((0.05 * torch.randn(shape)).to(device, dtype)) for shape in shapes]
     gradients = [(1e-3 * torch.randn(shape)).to(device, dtype) for shape in shapes]
     for p in params:
@@ -175,7 +177,7 @@ def measure(shapes, dtype, makers, options, probe_elements):
         write_gradients()
         try:
             optimizer = make(params)
-            optimizer.step()  # makes its state
+            optimizer.step()  # creates its state
         except RuntimeError as error:
             left_out.append(f"{name}: {error}")
         else:
@@ -201,13 +203,13 @@ def measure(shapes, dtype, makers, options, probe_elements):
             replays, lambda name: {"graph_ms": timer.replay_ms(replays[name])}, options.seconds / 4
         )
         for name, step in steps.items():
-            # Now, since a profiler may slow down what follows it.
+            # After all timing, because a profiler may slow down what follows it.
             medians[name] |= {**replayed.get(name, {}), "launches": launches(step)}
     return medians, rounds, left_out
 
 
 def run(workload, types, options):
-    """One set of shapes with parameters of one type: a dict of figures, and lines about what was left out."""
+    """Times one set of shapes with one type. Returns figures, and lines about what was left out."""
     shapes, makers = WORKLOADS[workload]
     dtype, step_bytes = TYPES[types]
     left_out = []
@@ -264,7 +266,7 @@ def table(result):
 
 
 def plot(report, path):
-    """Writes a picture of a report's results, a panel each. ImportError without matplotlib."""
+    """Plots a report's results, one panel each. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     results = report["results"]
@@ -312,7 +314,7 @@ def parse_options():
         help="the plot; the numbers go beside it as .json (%(default)s)",
     )
     options = parser.parse_args()
-    # Now, not when all is done.
+    # Checked now, not after the whole run.
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
     if options.quick:

@@ -1,7 +1,7 @@
-"""How long a call takes: the host by its clock, a GPU by events, each apart from the other.
+"""Measures how long a call takes: on the host by its clock, on a GPU by events, one apart from the other.
 
-Events around a call on an idle GPU time the host, which queues work more slowly than the GPU does it. So the
-stream is kept busy with copies until the call has been queued. The copies also overwrite the L2.
+Events around a call on an idle GPU would time the host, which queues work more slowly than the GPU does it.
+So copies keep the stream busy until the call has been queued. The copies also overwrite the L2.
 """
 
 import time
@@ -14,8 +14,8 @@ _RESOLUTION_MS = 0.0005
 class Timer:
     """Times calls on a device, "cpu" or "cuda".
 
-    `filler` is a tensor on a GPU, larger than its L2, to keep it busy with; at most `most_copies` of it are
-    queued before a call.
+    `filler` is a tensor on the GPU, larger than its L2. Copying it keeps the GPU busy. At most `most_copies`
+    copies are queued before a call.
     """
 
     def __init__(self, device: str, filler: torch.Tensor, most_copies: int = 512) -> None:
@@ -24,7 +24,7 @@ class Timer:
         self._copies, self._most_copies = min(8, most_copies), most_copies
 
     def host_ms(self, function) -> float:
-        """Milliseconds until the call returns, which on a GPU is until its work is queued."""
+        """Milliseconds until the call returns. On a GPU that is when its work has been queued."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -32,10 +32,10 @@ class Timer:
         return 1e3 * (time.perf_counter() - start)
 
     def device_ms(self, function, warm: bool = False, calls: int = 1) -> tuple[float, bool]:
-        """Milliseconds of a GPU for one of `calls` calls in a row, and whether the GPU was busy throughout.
+        """GPU milliseconds per call for `calls` calls in a row, and whether the GPU was busy throughout.
 
-        Before them the L2 holds other data or, if `warm`, what a call that is not timed left there. A call
-        that queues more work than a stream takes leaves the GPU idle in between, whatever is done here.
+        Before the calls the L2 holds other data or, if `warm`, what an untimed call has left there. A call
+        that queues more work than a stream holds always leaves the GPU idle in between.
         """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         while True:
@@ -55,14 +55,14 @@ class Timer:
             self._copies *= 2
 
     def replay_ms(self, replay) -> float:
-        """Milliseconds of a GPU for one of several replays of a graph in a row."""
+        """GPU milliseconds per replay, for several replays of a graph in a row."""
         return self.device_ms(replay, warm=True, calls=5)[0]
 
 
 def capture(function):
-    """What replays the call as a CUDA graph; None if it refuses capture.
+    """Returns a function that replays the call as a CUDA graph, or None if the call refuses capture.
 
-    After a refusal torch may believe that a capture is still under way, until the process ends: do this last.
+    Do this last: after a refusal, torch may believe until the process ends that a capture is still under way.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -74,7 +74,7 @@ def capture(function):
 
 
 def launches(function) -> int | None:
-    """Kernels, copies and memsets of one call; None where torch's profiler sees nothing of the GPU."""
+    """Counts kernels, copies and memsets of one call. None if torch's profiler does not see the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()

@@ -1,17 +1,18 @@
-# Decides whether the CUDA part is built, with which toolkit and for which GPUs, and enables the CUDA language.
-# Sets FUSED_LARS_WITH_CUDA, and FUSED_LARS_CUDA_CONFIG for show_config().
+# Decides whether to build the CUDA part, with which toolkit and for which GPUs, and enables the CUDA
+# language. Sets FUSED_LARS_WITH_CUDA, and FUSED_LARS_CUDA_CONFIG for show_config().
 #
-# FUSED_LARS_CUDA, as an option or in the environment: 1 makes it an error where the CUDA part cannot be built,
-# 0 skips it; otherwise it is built where LibTorch is a CUDA build and a toolkit of its major version is found.
-# TORCH_CUDA_ARCH_LIST, likewise: "8.0;9.0+PTX".
+# FUSED_LARS_CUDA is an option or an environment variable. 1: an error if the CUDA part cannot be built. 0:
+# skip it. Otherwise: build it if LibTorch is a CUDA build and a toolkit of its major version is found.
+# TORCH_CUDA_ARCH_LIST is set in the same ways, such as "8.0;9.0+PTX".
 
 set(FUSED_LARS_CUDA "" CACHE STRING "1: CUDA or an error, 0: CPU only, empty: CUDA where possible")
 if(FUSED_LARS_CUDA STREQUAL "")
   set(FUSED_LARS_CUDA "$ENV{FUSED_LARS_CUDA}")
 endif()
 
-# The first nvcc of the wanted major version that finds its headers, or why there is none. A toolkit that was
-# asked for is the only candidate. The one that pip puts beside torch comes next: it has torch's very version.
+# Returns the first nvcc of the wanted major version that finds its headers, or the reason why there is none.
+# A toolkit that the user asks for is the only candidate. Otherwise the toolkit that pip puts beside torch
+# comes first, because it has torch's exact version.
 function(fused_lars_find_nvcc major nvcc_variable reason_variable)
   set(reason "no nvcc found (CUDACXX, CUDA_HOME, beside torch, PATH, /usr/local/cuda)")
   find_program(on_path nvcc NO_CACHE)
@@ -38,7 +39,7 @@ function(fused_lars_find_nvcc major nvcc_variable reason_variable)
       set(reason "${nvcc} does not run")
     elseif(NOT CMAKE_MATCH_2 STREQUAL major)
       set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, torch is built for CUDA ${FUSED_LARS_TORCH_CUDA_VERSION}")
-    elseif(CMAKE_MATCH_1 VERSION_LESS 12.1)  # kernel parameters of 32 KB
+    elseif(CMAKE_MATCH_1 VERSION_LESS 12.1)  # older ones do not take kernel parameters of 32 KB
       set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, the kernels need 12.1 or newer")
     else()
       execute_process(COMMAND "${nvcc}" -std=c++17 -E "${probe}" RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
@@ -52,7 +53,7 @@ function(fused_lars_find_nvcc major nvcc_variable reason_variable)
   set(${reason_variable} "${reason}" PARENT_SCOPE)
 endfunction()
 
-# "8.0;9.0+PTX" as CMake wants it: 80-real;90.
+# Converts "8.0;9.0+PTX" to CMake's form: 80-real;90.
 function(fused_lars_cuda_architectures list architectures_variable)
   string(REGEX REPLACE "[ ,]+" ";" list "${list}")
   set(architectures "")
@@ -89,10 +90,10 @@ endif()
 
 set(FUSED_LARS_WITH_CUDA ON)
 set(CMAKE_CUDA_COMPILER "${_fused_lars_nvcc}")
-# The runtime is linked by its full path: the pip toolkit has no libcudart.so, only libcudart.so.13.
+# The runtime is linked by its full path, because the pip toolkit has libcudart.so.13 but no libcudart.so.
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
 set(CMAKE_CUDA_ARCHITECTURES OFF)
-# CMake links a program to see that nvcc works. nvcc looks in lib64, which the pip toolkit calls lib.
+# CMake links a program to check that nvcc works. nvcc looks in lib64, but the pip toolkit has lib.
 get_filename_component(_fused_lars_toolkit_lib "${_fused_lars_nvcc}/../../lib" ABSOLUTE)
 set(_fused_lars_cuda_flags "${CMAKE_CUDA_FLAGS}")
 set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -L\"${_fused_lars_toolkit_lib}\"")
@@ -113,7 +114,7 @@ fused_lars_cuda_architectures("${TORCH_CUDA_ARCH_LIST}" CMAKE_CUDA_ARCHITECTURES
 string(REPLACE ";" " " FUSED_LARS_CUDA_CONFIG "${CMAKE_CUDA_COMPILER_VERSION} for ${TORCH_CUDA_ARCH_LIST}")
 message(STATUS "fused_lars: CUDA ${FUSED_LARS_CUDA_CONFIG}, ${_fused_lars_nvcc}")
 
-# The runtime that torch itself loads, where it lies beside torch.
+# The runtime that torch itself loads, if it is beside torch.
 find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_CACHE NO_DEFAULT_PATH HINTS
   "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/lib"
   "${FUSED_LARS_TORCH_ROOT}/../nvidia/cuda_runtime/lib" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}
@@ -121,7 +122,8 @@ find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_CACHE NO_
 if(NOT FUSED_LARS_CUDART)
   message(FATAL_ERROR "fused_lars: libcudart.so.${FUSED_LARS_CUDA_MAJOR} not found beside torch or ${_fused_lars_nvcc}")
 endif()
-# Torch's CUDA headers include those of cuBLAS and others. A toolkit may lack them; pip's torch brings them.
+# Torch's CUDA headers include those of cuBLAS and other libraries. A toolkit may lack them, but torch from
+# pip brings them.
 file(GLOB _fused_lars_pip_include "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/include")
 add_library(fused_lars::torch_cuda INTERFACE IMPORTED)
 set_target_properties(fused_lars::torch_cuda PROPERTIES

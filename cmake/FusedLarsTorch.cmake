@@ -1,10 +1,10 @@
-# Finds LibTorch and defines the target fused_lars::torch. The build includes this file and so does the
-# installed fused_lars-config.cmake. It does not call find_package(Torch), because the CMake package of a
-# CUDA build of torch refuses on a machine without a CUDA toolkit, which nothing here needs to link it.
+# Finds LibTorch and defines the target fused_lars::torch. The build and the installed fused_lars-config.cmake
+# include this file. It does not call find_package(Torch): for a CUDA build of torch that fails on a machine
+# without a CUDA toolkit, and linking needs no toolkit.
 #
-# LibTorch is looked for where Torch_DIR says, then in the Python of Python3_EXECUTABLE, on CMAKE_PREFIX_PATH, in
-# FUSED_LARS_TORCH_HINTS, and in the Python on the PATH. Torch is not imported for it. Sets FUSED_LARS_TORCH_ROOT,
-# FUSED_LARS_TORCH_VERSION and FUSED_LARS_TORCH_CUDA_VERSION (empty for a CPU build).
+# The search order is Torch_DIR, the Python of Python3_EXECUTABLE, CMAKE_PREFIX_PATH, FUSED_LARS_TORCH_HINTS,
+# and the Python on the PATH. Torch is not imported. Sets FUSED_LARS_TORCH_ROOT, FUSED_LARS_TORCH_VERSION and
+# FUSED_LARS_TORCH_CUDA_VERSION (empty for a CPU build).
 
 if(TARGET fused_lars::torch)
   return()
@@ -19,7 +19,7 @@ function(fused_lars_torch_of_python python dir_variable)
   endif()
 endfunction()
 
-# Not cached, so that a build folder follows the Python that it is told.
+# Not cached, so that a build folder follows the Python that it is given.
 set(_fused_lars_dir "${Torch_DIR}")
 if(NOT _fused_lars_dir AND Python3_EXECUTABLE)
   fused_lars_torch_of_python("${Python3_EXECUTABLE}" _fused_lars_dir)
@@ -39,7 +39,7 @@ if(NOT EXISTS "${_fused_lars_dir}/TorchConfig.cmake")
 endif()
 get_filename_component(FUSED_LARS_TORCH_ROOT "${_fused_lars_dir}/../../.." ABSOLUTE)
 
-# A wheel says what it is in version.py, a LibTorch archive in build-version: 2.14.1+cu130.
+# A wheel has its version in version.py, a LibTorch archive in build-version: 2.14.1+cu130.
 set(FUSED_LARS_TORCH_CUDA_VERSION "")
 if(EXISTS "${FUSED_LARS_TORCH_ROOT}/version.py")
   file(READ "${FUSED_LARS_TORCH_ROOT}/version.py" _fused_lars_text)
@@ -61,13 +61,13 @@ set_target_properties(fused_lars::torch PROPERTIES
   INTERFACE_COMPILE_FEATURES cxx_std_20
   INTERFACE_INCLUDE_DIRECTORIES
     "${FUSED_LARS_TORCH_ROOT}/include;${FUSED_LARS_TORCH_ROOT}/include/torch/csrc/api/include"
-  # Libraries that only register operators, libtorch_cuda.so and this one, must not be dropped as unused.
+  # Libraries that only register operators, such as libtorch_cuda.so and this one, must not be dropped.
   INTERFACE_LINK_OPTIONS LINKER:--no-as-needed
   INTERFACE_LINK_LIBRARIES
     "${_fused_lars_lib}/libtorch.so;${_fused_lars_lib}/libtorch_cpu.so;${_fused_lars_lib}/libc10.so")
 
-# at::parallel_for is compiled into its callers: without OpenMP it runs on one thread. The runtime must be the
-# one that LibTorch brings, for a second one would have threads of its own.
+# at::parallel_for is compiled into its callers. Without OpenMP it runs on one thread. The OpenMP runtime must
+# be the one that LibTorch brings, because a second one would have its own threads.
 add_library(fused_lars::torch_openmp INTERFACE IMPORTED)
 file(GLOB _fused_lars_gomp "${_fused_lars_lib}/libgomp*.so*")
 if(NOT _fused_lars_gomp OR NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

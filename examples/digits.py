@@ -3,24 +3,24 @@
     python examples/digits.py
     torchrun --nproc-per-node 2 examples/digits.py
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn carries: 1,280 to train on, 517 to test. Both
-optimizers see the same batches for the same number of epochs, with momentum 0.9, weight decay on the weights
-alone, a linear warm-up over a sixth of the steps and then a polynomial decay of power 2. LARS has the trust
-coefficient 0.02 (LARC's), which puts the rates of the layers in the range that suits biases and normalisation
-parameters, whose rates it does not adapt.
+The data are the 1,797 images of 8 x 8 pixels in scikit-learn: 1,280 to train on, 517 to test on. Both
+optimizers see the same batches for the same number of epochs. They use momentum 0.9, weight decay on weights
+only, a linear warm-up over a sixth of the steps, and then a polynomial decay of power 2. LARS has LARC's
+trust coefficient, 0.02. It puts the rates of the layers in the range that suits biases and normalisation
+parameters, whose rates LARS does not adapt.
 
-What is tuned is the learning rate, for both optimizers in the same way: ten rates a factor of two apart, the
-one with the least loss in a five-fold cross-validation on the training images (`--tune` does that again). The
-lines LARS and SGD are tuned at the smallest batch size alone, and from there each follows its usual rule:
-SGD's rate grows with the batch size (Goyal et al. 2017), that of LARS with its square root (close to what
-MLPerf's results use). So they say how far one well-tuned setting carries. The line tuned SGD has a rate that
-was tuned at each batch size, the least that a fair baseline needs (Nado et al. 2021): it says what LARS saves
-where it is as good, and what it costs where it is not.
+Only the learning rate is tuned, in the same way for both optimizers. Of ten rates a factor of two apart, the
+best has the least loss in a five-fold cross-validation on the training images (`--tune` repeats this). For
+the lines LARS and SGD, the rate is tuned at the smallest batch size only. From there each follows its usual
+rule: SGD's rate grows with the batch size (Goyal et al. 2017), that of LARS with its square root (close to
+what MLPerf's results use). So these lines show how far one well-tuned setting carries. For the line tuned
+SGD, the rate is tuned at each batch size, which is the least that a fair baseline needs (Nado et al. 2021).
+It shows what LARS saves where it is as good, and what it costs where it is not.
 
-Under torchrun every process takes its share of every batch, so the batches stay what they are with one
-process; so do the results, to the bit with two, since one process takes a batch in the same two shares. Sums
-that are split otherwise differ in their last place, and training makes that grow. It is also why the network
-has no batch normalisation, whose statistics would be those of a share.
+Under torchrun every process takes its share of every batch, so the batches are the same as with one process.
+With two processes the results are the same too, to the bit, because one process splits a batch into the same
+two shares. Other splits change sums in their last place, and training makes the difference grow. The network
+has no batch normalisation, because its statistics would be those of a share.
 """
 
 import argparse
@@ -43,23 +43,23 @@ import fused_lars
 
 TRAINING_IMAGES = 1280
 FOLDS = 5
-SHARES = 2  # of a batch, where there are not more processes
+SHARES = 2  # of a batch, unless there are more processes
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 
-# The base rate is for a batch of 32 and comes from --tune; it grows with this power of the batch size.
+# The base rate comes from --tune and is for a batch of 32. It grows with this power of the batch size.
 BASE_BATCH_SIZE = 32
 BASE_RATE = {"LARS": 0.5, "SGD": 0.03125}
 SCALING_POWER = {"LARS": 0.5, "SGD": 1.0}
 RATES_TO_TRY = {"LARS": [2.0**k for k in range(-6, 4)], "SGD": [2.0**k for k in range(-9, 1)]}
-# From --tune as well, for tuned SGD.
+# The rates of tuned SGD, also from --tune.
 TUNED_RATE = {32: 0.03125, 64: 0.03125, 128: 0.0625, 256: 0.0625, 640: 0.0625, 1280: 0.125}
 COLOURS = {"LARS": "#0b6e99", "SGD": "#d9730d", "tuned SGD": "#8a4fbf"}
 
 
 def rate(name, batch_size):
     if name == "tuned SGD":
-        # At a batch size that is not in the table, the rate of the nearest one.
+        # A batch size that is not in the table gets the rate of the nearest one.
         return TUNED_RATE[min(TUNED_RATE, key=lambda size: abs(math.log(size / batch_size)))]
     return BASE_RATE[name] * (batch_size / BASE_BATCH_SIZE) ** SCALING_POWER[name]
 
@@ -92,7 +92,7 @@ def make_network():
 
 
 def load_digits():
-    """The images and labels to train on, then those to test on; the classes are in proportion."""
+    """Returns the images and labels to train on, then those to test on. Classes are in proportion."""
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     training, test = train_test_split(
@@ -103,7 +103,7 @@ def load_digits():
 
 
 def train(name, lr, batch_size, seed, epochs, data, bar):
-    """Trains a new network; returns its accuracy in per cent and its mean loss on the test images."""
+    """Trains a new network. Returns its accuracy in per cent and its mean loss on the test images."""
     images, labels, test_images, test_labels = data
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(seed)
@@ -115,8 +115,9 @@ def train(name, lr, batch_size, seed, epochs, data, bar):
         for batch in torch.randperm(len(images)).split(batch_size):
             for share in batch.tensor_split(max(world, SHARES))[rank::world]:
                 loss = nn.functional.cross_entropy(model(images[share]), labels[share], reduction="sum")
-                # Gradients are averaged over the processes, whose shares may be uneven: the mean over the
-                # batch is the sum over all of them divided by its size, not a mean of their means.
+                # The mean over the batch is a sum over all processes, divided by the batch size. DDP averages
+                # gradients over processes, whose shares may be uneven, so `world` turns its mean into the
+                # sum.
                 (loss * world / len(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -129,7 +130,7 @@ def train(name, lr, batch_size, seed, epochs, data, bar):
 
 
 def compare(options, bar):
-    """Trains in all three ways at every batch size; a row for each, with the accuracies of all seeds."""
+    """Trains in all three ways at every batch size. Returns a row for each, with accuracies of all seeds."""
     data = load_digits()
     rows = []
     for batch_size in options.batch_sizes:
@@ -147,7 +148,7 @@ def compare(options, bar):
 
 
 def tune(options, bar):
-    """Cross-validates every rate to try on the training images; a row for each."""
+    """Cross-validates every candidate rate on the training images. Returns a row for each."""
     images, labels, _, _ = load_digits()
     folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(images, labels))
     rows = []
@@ -221,7 +222,7 @@ def plot(rows, options, path):
     height = 102.0
     for row in sorted(rows[-len(COLOURS) :], key=lambda row: -statistics.fmean(row["accuracies"])):
         mean = statistics.fmean(row["accuracies"])
-        height = min(mean, height - 5)  # equal means would put one label on another
+        height = min(mean, height - 5)  # keeps labels of equal means apart
         end = {"xy": (sizes[-1], height), "xytext": (12, 0), "va": "center"}
         label = {"textcoords": "offset points", "fontsize": 13, "fontweight": "bold"}
         axes.annotate(f"{row['optimizer']}  {mean:.1f} %", **end, **label, color=COLOURS[row["optimizer"]])
@@ -270,7 +271,7 @@ def parse_options():
     options = parser.parse_args()
     if max(options.batch_sizes or [0]) > TRAINING_IMAGES:
         parser.error(f"--batch-sizes {max(options.batch_sizes)}: there are {TRAINING_IMAGES} images")
-    # Now, not when all is done.
+    # Checked now, not after the whole run.
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
     options.epochs = options.epochs or (10 if options.quick else 40)
@@ -281,7 +282,7 @@ def parse_options():
 
 def main():
     options = parse_options()
-    # Layers as small as these gain little from a second thread, and lose much where others use the cores too.
+    # Such small layers gain little from a second thread, and lose much if others use the cores too.
     torch.set_num_threads(1)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")

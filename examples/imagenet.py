@@ -1,18 +1,19 @@
-"""Trains an image classifier with LARS on ImageNet, or on any folder of images laid out like it.
+"""Trains an image classifier with LARS on ImageNet, or on any folder of images with the same layout.
 
     torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet --batch-size 3264
     torchrun --nproc-per-node 8 examples/imagenet.py /data/imagenet --batch-size 32768 --parallel fsdp
 
-The folder has train/CLASS/*.jpeg and val/CLASS/*.jpeg. The batch size is that of a step over all processes;
-what does not fit the GPUs at once is accumulated, --micro-batch images a process at a time. Batch sizes that
-MLPerf's ResNet-50 results were trained with bring their hyperparameters along (PRESETS); others need --lr.
+The folder has train/CLASS/*.jpeg and val/CLASS/*.jpeg. The batch size is that of a step over all processes. A
+process runs --micro-batch images at a time and accumulates their gradients, so a batch need not fit the GPUs
+at once. The batch sizes of MLPerf's ResNet-50 results come with their hyperparameters (PRESETS). Others need
+--lr.
 
-Checkpoints go to OUTPUT/step-N, and the same command goes on from the newest that can be read: with as many
-processes the run is the same to the bit as one that was never interrupted, since a step's images, their
-augmentation and its random numbers depend on the seed and the step alone. With another number of processes it
-is the same to rounding. Other hyperparameters are another run, which wants another OUTPUT. OUTPUT/log.csv has
-loss and learning rate; trust_ratios.csv, weight_norms.csv and grad_norms.csv have a column for each layer.
-plot_layers.py draws them.
+Checkpoints go to OUTPUT/step-N. The same command goes on from the newest one that can be read. With the same
+number of processes, the run is then the same to the bit as one that was never interrupted, because the images
+of a step, their augmentation and its random numbers depend only on the seed and the step. With another number
+of processes it is the same to rounding. Other hyperparameters make another run, which needs another OUTPUT.
+OUTPUT/log.csv has loss and learning rate. trust_ratios.csv, weight_norms.csv and grad_norms.csv have a column
+for each layer. plot_layers.py draws them.
 """
 
 import argparse
@@ -49,7 +50,7 @@ PRESETS = {
     32768: {"lr": 27.5, "momentum": 0.9321, "weight_decay": 1e-4, "warmup_epochs": 16, "epochs": 60},
     67456: {"lr": 24.7, "momentum": 0.9518, "weight_decay": 1e-4, "warmup_epochs": 31, "epochs": 90},
 }
-# What makes a run what it is; the others may change when it goes on.
+# The options that identify a run. Others may change when it is resumed.
 OF_A_RUN = ("model", "batch_size", *PRESETS[3264], "trust_coefficient", "image_size", "seed")
 
 
@@ -71,14 +72,14 @@ class Images(torchvision.datasets.ImageFolder):
 
 
 def micro_batches(options) -> int:
-    """How many times a step runs the model; as often in every process, whose shares may be uneven."""
+    """How many times a step runs the model. It is the same in all processes, whose shares may be uneven."""
     return math.ceil(math.ceil(options.batch_size / dist.get_world_size()) / options.micro_batch)
 
 
 class MicroBatches:
     """A batch sampler: this process's micro-batches of the steps from `first` to `last`, across epochs.
 
-    A step's batch is the same images with any number of processes, which take them in turn.
+    The batch of a step has the same images with any number of processes, which take them in turn.
     """
 
     def __init__(self, images: int, options, first: int, last: int) -> None:
@@ -114,8 +115,8 @@ def build_model(options, classes: int, device: torch.device) -> nn.Module:
     torch.manual_seed(options.seed)  # the same weights in every process
     model = torchvision.models.get_model(options.model, num_classes=classes).to(device)
     if options.parallel == "fsdp":
-        # Layers that are gathered, and freed, one after another. FSDP2 takes contiguous parameters only, so
-        # channels_last is left to the images here.
+        # Layers are gathered and freed one after another. FSDP2 only takes contiguous parameters, so here
+        # only the images are channels_last.
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for child in model.children():
             if next(child.parameters(), None) is not None:
@@ -137,14 +138,14 @@ def build_optimizer(options, model: nn.Module, steps_an_epoch: int):
     )
     warmup = round(options.warmup_epochs * steps_an_epoch)
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    # MLPerf's decay ends at 1e-4 instead of 0, which is 1e-5 of the peak.
+    # MLPerf's decay ends at 1e-4 instead of 0. That is 1e-5 of the peak.
     decay = PolynomialLR(optimizer, total_iters=options.epochs * steps_an_epoch - warmup, power=2.0)
     return optimizer, SequentialLR(optimizer, [rise, decay], milestones=[warmup])
 
 
 @contextmanager
 def gradients_sent(model: nn.Module, sent: bool):
-    """Whether a backward inside sends gradients to the other processes, or only adds to them."""
+    """A context in which backward sends gradients to the other processes, or only accumulates them."""
     if isinstance(model, DistributedDataParallel):
         with nullcontext() if sent else model.no_sync():
             yield
@@ -154,7 +155,7 @@ def gradients_sent(model: nn.Module, sent: bool):
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Gives every process the mean of the running statistics that batch normalisation kept of its share."""
+    """Averages the running statistics of batch normalisation, which each process took of its share."""
     statistics = [b for b in model.buffers() if b.is_floating_point()]
     if statistics:
         flat = torch.cat([b.flatten() for b in statistics]) / dist.get_world_size()
@@ -173,13 +174,13 @@ def checkpoints(output: pathlib.Path) -> list[int]:
 
 
 def remove(folder: pathlib.Path) -> None:
-    """Removes a checkpoint, which has its name as long as it is whole."""
+    """Removes a checkpoint. It is renamed first, so that only whole checkpoints have the name of one."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f"unfinished-removal-of-{folder.name}")))
 
 
 def look_into(output: pathlib.Path, own: dict) -> tuple[list[int], list[str]]:
-    """The checkpoints in a folder, and in what they are of another run than `own`, if of another one."""
+    """Returns the checkpoints in a folder, and in what they differ from the run `own`."""
     output.mkdir(parents=True, exist_ok=True)
     for unfinished in output.glob("unfinished-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -208,7 +209,7 @@ def warn(text: str) -> None:
 
 
 class Run:
-    """What a checkpoint holds, in the form that torch.distributed.checkpoint saves and loads it."""
+    """What a checkpoint holds, as torch.distributed.checkpoint saves and loads it."""
 
     def __init__(self, model, optimizer, schedule) -> None:
         self.model, self.optimizer, self.schedule, self.step = model, optimizer, schedule, 0
@@ -230,7 +231,7 @@ class Run:
         self.step = state["step"]
 
     def save(self, options) -> None:
-        """Saves under another name until all is written, and removes checkpoints that are old."""
+        """Saves under another name, renames the checkpoint once it is whole, and removes old ones."""
         average_statistics(self.model)
         folder = options.output / f"step-{self.step}"
         unfinished = folder.with_name(f"unfinished-{folder.name}")
@@ -238,13 +239,13 @@ class Run:
         if dist.get_rank() == 0:
             remove(folder)  # one that could not be read
             unfinished.rename(folder)
-            # Newer ones could not be read, and do not count.
+            # Newer ones could not be read, so they do not count.
             done = [step for step in checkpoints(options.output) if step <= self.step]
             for step in done[options.keep_checkpoints :]:
                 remove(options.output / f"step-{step}")
 
     def resume(self, options) -> None:
-        """Goes on from the newest checkpoint that can be read, if there is one and it is of the same run."""
+        """Goes on from the newest readable checkpoint, if there is one. It must belong to the same run."""
         found: list = [None]
         if dist.get_rank() == 0:
             found = [look_into(options.output, {name: getattr(options, name) for name in OF_A_RUN})]
@@ -263,14 +264,14 @@ class Run:
                 print(f"{options.output}: going on from step {self.step}", flush=True)
             return
         if steps:
-            # Weights may be those of the checkpoints in part.
+            # The weights may now come from the checkpoints in part.
             raise SystemExit(
                 f"none of the checkpoints in {options.output} can be read: give another --output"
             )
 
 
 class Log:
-    """A CSV file of rank 0; a run that is resumed forgets the rows after its checkpoint."""
+    """A CSV file that rank 0 writes. A resumed run drops the rows after its checkpoint."""
 
     def __init__(self, path: pathlib.Path, columns: list[str], step: int) -> None:
         kept = []
@@ -287,7 +288,7 @@ class Log:
 
 
 class LayerLogs:
-    """Trust ratios of the layers that are adapted, and norms of all, as the last step had them."""
+    """Logs, after a step, the trust ratios of adapted layers and the norms of all layers."""
 
     def __init__(self, output: pathlib.Path, model: nn.Module, optimizer, step: int) -> None:
         self.optimizer = optimizer
@@ -307,7 +308,7 @@ class LayerLogs:
 
 
 def autocast(device: torch.device):
-    """bf16 on a GPU; on a CPU fp32, since many have no fast convolution in bf16."""
+    """bf16 on a GPU. fp32 on a CPU, since many CPUs have no fast convolution in bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
@@ -326,8 +327,8 @@ def accuracy(model: nn.Module, dataset, options, device: torch.device) -> float:
 
 
 def train_step(run: Run, loader, options, device: torch.device) -> torch.Tensor:
-    """One step; returns this process's part of the batch's mean loss."""
-    # What dropout draws depends on the step and the process only.
+    """Makes one step. Returns this process's part of the batch's mean loss."""
+    # The random numbers of dropout depend only on the seed, the step and the process.
     torch.manual_seed((options.seed << 40) + (run.step << 16) + dist.get_rank())
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")
     loss = torch.zeros((), device=device)
@@ -339,7 +340,7 @@ def train_step(run: Run, loader, options, device: torch.device) -> torch.Tensor:
             with autocast(device):
                 outputs = run.model(images)
             part = criterion(outputs.float(), labels) / options.batch_size
-            # Of gradients the processes take the mean, where the mean over the batch is their sum.
+            # The processes average gradients, but the batch's mean loss is the sum of their parts.
             (part * dist.get_world_size()).backward()
         loss += part.detach()
     run.optimizer.step()
@@ -444,7 +445,7 @@ def parse_options(arguments=None):
 
 
 def choose_device(options) -> torch.device:
-    """The CPU, or a GPU that no other process has."""
+    """Returns the CPU, or a GPU of this process's own."""
     if options.device == "cpu" or not (options.device or torch.cuda.is_available()):
         return torch.device("cpu")
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -466,7 +467,7 @@ def main(arguments=None) -> Run:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
-    else:  # one process
+    else:  # a single process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         return train(options, device)

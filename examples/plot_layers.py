@@ -3,8 +3,8 @@
     python examples/plot_layers.py imagenet-run --output layers.png
     python examples/plot_layers.py imagenet-run --only layer1 fc
 
-A line is a layer; lines go from dark to bright in the order of the forward pass. A step whose value is NaN or
-inf has a mark at the lower edge, and the names of the layers that had one first are printed.
+Each line is a layer. Lines go from dark to bright in the order of the forward pass. A mark at the lower edge
+is a step whose value is NaN or inf. The names of the layers that had such a value first are printed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FILES = {
 
 
 def read(path: pathlib.Path, only: list[str]) -> tuple[list[int], dict[str, list[float]]]:
-    """The steps, and the values of each column whose name contains one of `only`, or of all."""
+    """Returns the steps, and the values of the columns whose name contains one of `only` (or of all)."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     columns = {
@@ -37,7 +37,7 @@ def read(path: pathlib.Path, only: list[str]) -> tuple[list[int], dict[str, list
 
 
 def first_not_finite(steps: list[int], columns: dict[str, list[float]]) -> str | None:
-    """The first step with a value that is not finite, and the layers that have one there."""
+    """Names the first step with a value that is not finite, and the layers that have one there."""
     for i, step in enumerate(steps):
         names = [name for name, values in columns.items() if not math.isfinite(values[i])]
         if names:

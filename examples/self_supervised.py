@@ -3,24 +3,25 @@
     python examples/self_supervised.py
     torchrun --nproc-per-node 2 examples/self_supervised.py
 
-Barlow Twins (Zbontar et al. 2021) shows a network two random views of every image and makes the matrix of
-correlations between their embeddings, taken over the batch, the identity. What is kept is the encoder. How
-good its features are is what a linear classifier (a probe) on them achieves: one trained with 100 labels, the
-mean of five draws, and one with all. The same probes judge the pixels, and features of the untrained network.
+Barlow Twins (Zbontar et al. 2021) shows a network two random views of every image. It takes the correlations
+between their embeddings over the batch, and trains this matrix to be the identity. Only the encoder is kept.
+Its features are as good as the accuracy of a linear classifier (a probe) on them. One probe is trained with
+100 labels, as the mean of five draws, and one with all. The same probes judge the pixels and the features of
+the untrained network.
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn carries: 1,280 to train on, 517 to test the
-probes. A batch is 512 images; what an epoch leaves over is left out. Both optimizers take the same views.
-LARS has the trust coefficient 0.02, which puts the rates of the layers in the range that suits biases and
-normalisation parameters; the paper gives these a rate of their own instead.
+The data are the 1,797 images of 8 x 8 pixels in scikit-learn: 1,280 to train on, 517 to test the probes. A
+batch is 512 images. The images that are left at the end of an epoch are not used. Both optimizers take the
+same views. LARS has the trust coefficient 0.02. It puts the rates of the layers in the range that suits
+biases and normalisation parameters. The paper gives these a rate of their own instead.
 
-What is tuned is the learning rate, for both optimizers in the same way: eight rates a factor of two apart,
-the one whose probes with 100 labels have the least loss on training images that were held out, over three of
-five folds (`--tune` does that again). At other batch sizes the rates follow the usual rules: SGD's grows with
-the batch size, that of LARS with its square root.
+Only the learning rate is tuned, in the same way for both optimizers. Of eight rates a factor of two apart,
+the best has probes with 100 labels that have the least loss on held-out training images, over three of five
+folds (`--tune` repeats this). At other batch sizes the rates follow the usual rules: SGD's grows with the
+batch size, that of LARS with its square root.
 
 Under torchrun every process takes its share of every batch, and the correlations stay those of the whole
-batch; so do the results, to the bit with two processes, since one process takes a batch in the same two
-shares. It is also why the network has no batch normalisation, whose statistics would be those of a share.
+batch. With two processes the results are the same too, to the bit, because one process splits a batch into
+the same two shares. The network has no batch normalisation, because its statistics would be those of a share.
 """
 
 import argparse
@@ -47,16 +48,16 @@ import fused_lars
 
 TRAINING_IMAGES = 1280
 FEW_LABELS = 100
-DRAWS = 5  # of the few labels
+DRAWS = 5  # of the 100 labels
 FOLDS, FOLDS_TO_TRY = 5, 3
-MARKS = 10  # probes in the course of a training
-SHARES = 2  # of a batch, where there are not more processes
-EMBEDDING = 256  # the features too
+MARKS = 10  # probes during a training run
+SHARES = 2  # of a batch, unless there are more processes
+EMBEDDING = 256  # the size of the features too
 REDUNDANCY = 0.0051  # the paper's lambda
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 
-# The base rate is for a batch of 512 and comes from --tune; it grows with this power of the batch size.
+# The base rate comes from --tune and is for a batch of 512. It grows with this power of the batch size.
 BASE_BATCH_SIZE = 512
 BASE_RATE = {"LARS": 1.0, "SGD": 8.0}
 SCALING_POWER = {"LARS": 0.5, "SGD": 1.0}
@@ -79,7 +80,7 @@ def make_schedule(optimizer, steps):
 
 
 def make_model():
-    """The encoder and the projector, which is for the loss alone."""
+    """Returns the encoder, and the projector, which only the loss needs."""
 
     def convolution(inputs, outputs, stride):
         return nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()
@@ -93,7 +94,7 @@ def make_model():
 
 
 def load_digits():
-    """The images and labels to train on, then those to test on; the classes are in proportion."""
+    """Returns the images and labels to train on, then those to test on. Classes are in proportion."""
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     training, test = train_test_split(
@@ -104,7 +105,7 @@ def load_digits():
 
 
 def random_views(images):
-    """Crops, shifts, turns, shears and bends every image in a way of its own, and adds noise."""
+    """Crops, shifts, turns, shears and bends every image in its own way, and adds noise."""
     maps = torch.eye(2, 3) + 0.1 * torch.randn(len(images), 2, 3)
     bends = nn.functional.interpolate(
         0.2 * torch.randn(len(images), 2, 3, 3), size=images.shape[2:], mode="bilinear", align_corners=True
@@ -119,7 +120,8 @@ def barlow_twins_loss(first, second):
     correlations = first.T @ second / len(first)
     squares = correlations.square()
     on_diagonal = (correlations.diagonal() - 1).square().sum()
-    # The mean over the components, not the sum: biases, which LARS does not adapt, feel the loss's scale.
+    # The mean over the components, not the sum, because the loss's scale affects biases, which LARS does not
+    # adapt.
     return (on_diagonal + REDUNDANCY * (squares.sum() - squares.diagonal().sum())) / EMBEDDING
 
 
@@ -128,12 +130,12 @@ def rank_and_world_size():
 
 
 def take_gradients(model, views):
-    """Adds the gradients of the loss over a batch of pairs of views, of which a process embeds its share."""
+    """Adds the gradients of the loss over a batch of pairs of views. Each process embeds its share."""
     rank, world = rank_and_world_size()
     shares = torch.arange(len(views)).tensor_split(max(world, SHARES))[rank::world]
     outputs = [model(views[share].flatten(0, 1)).unflatten(0, (-1, 2)) for share in shares]
-    # Every process needs all embeddings for the correlations. A sum with the zeros that it has in place of
-    # the others' is exact, and takes shares of any size.
+    # Every process needs all embeddings for the correlations. It has zeros in place of the others'
+    # embeddings, so their sum is exact, and shares may have any size.
     embeddings = torch.zeros(len(views), 2, EMBEDDING)
     for share, output in zip(shares, outputs):
         embeddings[share] = output.detach()
@@ -142,12 +144,12 @@ def take_gradients(model, views):
     embeddings.requires_grad_()
     barlow_twins_loss(*embeddings.unbind(1)).backward()
     for share, output in zip(shares, outputs):
-        # Gradients are averaged over the processes, and this one is a sum over them.
+        # DDP averages gradients over processes, but this one has to be the sum.
         output.backward(world * embeddings.grad[share])
 
 
 def probe(features, labels, test_features, test_labels):
-    """Trains a linear classifier; returns its accuracy in per cent and its mean loss on the test images."""
+    """Trains a linear classifier. Returns its accuracy in per cent and its mean loss on the test images."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features, labels)
     loss = log_loss(test_labels, classifier.predict_proba(test_features))
     return 100 * classifier.score(test_features, test_labels), loss
@@ -160,7 +162,7 @@ def features_of(encoder, data):
 
 
 def probe_with_few_labels(encoder, seed, data):
-    """The mean accuracy and loss of several draws of labels."""
+    """Returns the mean accuracy and loss over several draws of labels."""
     features, labels, test_features, test_labels = features_of(encoder, data)
     results = []
     for draw in range(DRAWS * seed, DRAWS * (seed + 1)):
@@ -172,7 +174,7 @@ def probe_with_few_labels(encoder, seed, data):
 
 
 def train(name, lr, seed, options, data, bar, marks=()):
-    """Trains a new model; returns its encoder, and the accuracies with few labels after some epochs."""
+    """Trains a new model. Returns its encoder, and the accuracies with few labels after some epochs."""
     torch.manual_seed(seed)
     images, model = data[0], make_model()
     replica = nn.parallel.DistributedDataParallel(model) if rank_and_world_size()[1] > 1 else model
@@ -182,7 +184,7 @@ def train(name, lr, seed, options, data, bar, marks=()):
     curve = []
     for epoch in range(1, options.epochs + 1):
         for batch in torch.randperm(len(images)).split(options.batch_size)[:batches]:
-            # The views of the whole batch in every process, so that all draw the same random numbers.
+            # Every process makes the views of the whole batch, so that all draw the same random numbers.
             views = torch.stack([random_views(images[batch]), random_views(images[batch])], dim=1)
             take_gradients(replica, views)
             optimizer.step()
@@ -195,7 +197,7 @@ def train(name, lr, seed, options, data, bar, marks=()):
 
 
 def compare(options, bar):
-    """Probes all features; a row for each kind, with the accuracies of all seeds."""
+    """Probes all features. Returns a row for each kind, with the accuracies of all seeds."""
     data = load_digits()
     marks = sorted({max(1, options.epochs * mark // MARKS) for mark in range(1, MARKS + 1)})
     rows = []
@@ -218,7 +220,7 @@ def compare(options, bar):
 
 
 def tune(options, bar):
-    """Probes what every rate to try makes of the training images, on those held out; a row for each."""
+    """Trains with every candidate rate and probes on held-out training images. Returns a row for each."""
     images, labels, _, _ = load_digits()
     folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(images, labels))[:FOLDS_TO_TRY]
     rows = []
@@ -276,7 +278,7 @@ def plot(rows, options, path):
     height = high
     for row in sorted(rows, key=lambda row: -statistics.fmean(row["few_labels"])):
         mean = statistics.fmean(row["few_labels"])
-        height = min(mean, height - (high - low) / 18)  # equal means would put one label on another
+        height = min(mean, height - (high - low) / 18)  # keeps labels of equal means apart
         label = {"color": COLOURS[row["features"]], "fontsize": 13, "fontweight": "bold", "va": "center"}
         axes.text(1.02 * options.epochs, height, f"{row['features']}  {mean:.1f} %", **label)
     axes.set_ylabel(f"test accuracy of a linear probe with {FEW_LABELS} labels, per cent")
@@ -314,7 +316,7 @@ def parse_options():
     images = TRAINING_IMAGES * (FOLDS - 1) // FOLDS if options.tune else TRAINING_IMAGES
     if options.batch_size > images:
         parser.error(f"--batch-size {options.batch_size}: there are {images} images")
-    # Now, not when all is done.
+    # Checked now, not after the whole run.
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: allowed is a .png in a folder that exists")
     options.epochs = options.epochs or (10 if options.quick else 120)
@@ -324,7 +326,7 @@ def parse_options():
 
 def main():
     options = parse_options()
-    # Layers as small as these gain little from a second thread, and sums of more threads come out otherwise.
+    # Such small layers gain little from a second thread, and more threads round sums differently.
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
     if dist.is_torchelastic_launched():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every run, and no clock: what fails here fails everywhere.
+# Every run tries the same examples, and no clock decides. So what fails here fails everywhere.
 settings.register_profile("fused_lars", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("fused_lars")
 
@@ -16,7 +16,7 @@ DEVICES = [
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    """Every device; ``-k cuda`` selects that half of the suite."""
+    """Every device. ``-k cuda`` selects the tests on CUDA."""
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""Ranks that do not step the same parameters in the same way: every rank raises, and nothing has changed."""
+"""Ranks step the same parameters in different ways: every rank raises, and nothing has changed."""
 
 import re
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def make_params(names="abcd", dtype=torch.float32) -> list[tuple[str, nn.Paramet
 
 
 def make(first="abc", second="d", dtype=torch.float32, **options) -> LARS:
-    """An optimizer of two groups, whose gradients are there; `options` are those of the first."""
+    """An optimizer of two groups with gradients. `options` are those of the first group."""
     named = dict(make_params(dtype=dtype))
     groups = [
         {"params": [(name, named[name]) for name in first], **options},
@@ -86,7 +86,7 @@ def is_one() -> bool:
 @on_ranks(2, 3, 4)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_another_order(momentum):
-    """'a' and 'c' have one shape: their norms would be added up without a word."""
+    """'a' and 'c' have the same shape, so their norms would be added up without an error."""
     optimizer = make("cba" if is_one() else "abc", momentum=momentum)
     assert_raises(
         optimizer,
@@ -105,7 +105,7 @@ def test_swapped_groups():
 
 @on_ranks(2, 4)
 def test_other_groups():
-    """The same parameters in the same order, of which one is in another group."""
+    """The same parameters in the same order, but one is in another group."""
     optimizer = make(*(("ab", "cd") if is_one() else ("abc", "d")))
     assert_raises(optimizer, r"rank 1 has 2 shared parameters in the group .* 'a', .*; rank 0 has 3")
 
@@ -113,7 +113,7 @@ def test_other_groups():
 @on_ranks(2, 4)
 @pytest.mark.parametrize("without", ["first", "last", "names"])
 def test_other_parameters(without):
-    """Of another number a message has another length, which gloo would abort on."""
+    """With another number of parameters a message has another length, and gloo would abort."""
     optimizer = make({"first": "bc", "last": "abc", "names": "abc"}[without] if is_one() else "abc",
                      "" if is_one() and without == "last" else "d")  # fmt: skip
     if without == "names" and is_one():
@@ -167,7 +167,7 @@ def test_another_option(name, later):
         f"rank 1 has {name}={other!r} where rank 0 has {usual!r}, in the group that begins with 'a'"
     )
     assert_raises(optimizer, text)
-    # And where all have it again, the run goes on as if nothing had been.
+    # When all ranks agree again, the run goes on as if nothing had happened.
     optimizer.param_groups[0][name] = usual
     optimizer.step()
     reference = make(**common)
@@ -196,7 +196,7 @@ def test_amp_on_one_rank_only(given):
 @on_ranks(4)
 @pytest.mark.parametrize("differing", ["3", "0", "12", "23", "13", "01", "123"])
 def test_lr_of_some_ranks(differing):
-    """Whichever they are, it shows in the sum. What most ranks have is the usual; else what rank 0 has."""
+    """Any ranks that differ show in the sum. The usual lr is that of most ranks, else that of rank 0."""
     optimizer = make()
     for _ in range(2):
         optimizer.step()
@@ -231,7 +231,7 @@ def test_tensor_lr_written_in_place():
 
 @on_ranks(2, 4)
 def test_options_that_all_ranks_change():
-    """As a scheduler does in every step: nothing more is sent for it, whatever they were before."""
+    """As a scheduler does in every step. Nothing more is sent for it, whatever the options were before."""
     optimizer = make()
     optimizer.step()
     for lr in (0.25, 0.25, 0.125):
@@ -293,7 +293,7 @@ def assert_one_raises(optimizer, match: str) -> None:
 @on_ranks(2, 4)
 @pytest.mark.parametrize("key", ["momentum_buffer", "master_param"])
 def test_state_of_the_wrong_dtype(key):
-    """What the step alone refuses, and the norms do not."""
+    """Only the step refuses this state. The norms op does not."""
     optimizer = make(dtype=torch.bfloat16, master_weights=key == "master_param")
     optimizer.step()
     state = optimizer.state[params_of(optimizer)[1]]
@@ -310,7 +310,7 @@ def test_state_of_the_wrong_dtype(key):
 
 @on_ranks(2)
 def test_loaded_state_of_the_wrong_dtype():
-    """At the first step, from a state_dict that another program wrote."""
+    """At the first step, with a state_dict that another program wrote."""
     optimizer, other = make(), make()
     other.step()
     state = other.state_dict()
@@ -360,7 +360,7 @@ def test_lr_of_the_wrong_kind(lr):
 @on_ranks(4)
 @pytest.mark.parametrize("layout", ["sharded_over_tensor_parallel", "several_meshes", "hybrid"])
 def test_error_of_a_rank_in_several_sets(layout):
-    """Ranks that share any parameter with the one in trouble raise."""
+    """All ranks that share any parameter with the failing rank raise."""
     model, data = getattr(nets, layout)(make_net())
     optimizer = make_optimizer(model)
     train(model, optimizer, data, steps=2)
@@ -373,7 +373,7 @@ def test_error_of_a_rank_in_several_sets(layout):
     beside = layout == "hybrid" and dist.get_rank() in (
         2,
         3,
-    )  # the other replica, which it shares nothing with
+    )  # the other replica, which shares nothing with it
     if beside:
         optimizer.step()
         return
@@ -387,7 +387,7 @@ def test_error_of_a_rank_in_several_sets(layout):
 
 
 def fake_peers(monkeypatch, count: int) -> list[peers.Peers]:
-    made, ranks = [], tuple(range(count))  # one for all: 20,000 of that length take 13 GB
+    made, ranks = [], tuple(range(count))  # one tuple for all, because 20,000 of that length take 13 GB
     for rank in ranks:
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         made.append(peers.Peers(ranks, (), torch.device("cpu"), None, ["parameter"], [1]))
@@ -396,7 +396,7 @@ def fake_peers(monkeypatch, count: int) -> list[peers.Peers]:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 1000, 1024, 20000])
 def test_last_rows_add_up_to_zero_where_digests_are_equal_only(count, monkeypatch):
-    """In fp64, in any order, whatever the digest; no set of ranks that share another one cancels."""
+    """The sum is exact in fp64, in any order. No set of ranks with another digest cancels."""
     ranks = fake_peers(monkeypatch, count)
     for sent, agreed in ((2**32 - 1, 0), (0, 2**32 - 1), (12345, 678)):
         for peer in ranks:

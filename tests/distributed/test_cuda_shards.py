@@ -1,4 +1,4 @@
-"""Sharded CUDA parameters, over gloo: two processes on the GPUs that there are, or on one."""
+"""Sharded CUDA parameters, over gloo: two processes, on two GPUs or on one."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cud
 
 
 def mesh_of_all() -> DeviceMesh:
-    """All ranks, on as many GPUs as there are.
+    """All ranks, on the GPUs of this machine.
 
-    Without TF32, a GPU's matrix products differ from a processor's as two processors' do, by the order of
-    their sums, and tanh and rsqrt by 2 units in the last place. TOLERANCE is for twice as many steps.
+    Without TF32, a GPU's matrix products differ from a processor's only by the order of sums, as those of two
+    processors do. tanh and rsqrt differ by 2 units in the last place. TOLERANCE is for twice as many steps.
     """
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
@@ -42,7 +42,7 @@ def train(model, optimizer, data=(0, 1), scaler=None, steps=5) -> None:
 
 
 def own_rows(whole):
-    """The rows of a tensor that this rank has of it."""
+    """The rows of a tensor that this rank holds."""
     rows = whole.split(-(-len(whole) // dist.get_world_size()))
     return rows[dist.get_rank()] if dist.get_rank() < len(rows) else whole[:0]
 
@@ -86,7 +86,7 @@ def test_shards_and_others():
 
 @on_ranks(2)
 def test_offloaded_to_the_cpu():
-    """Where the process group has a back end for CUDA only, as with NCCL, the message goes by the GPU."""
+    """If the process group only has a CUDA back end, as with NCCL, the message goes through the GPU."""
     mesh_of_all()
     mesh = DeviceMesh.from_group(dist.new_group(backend="cuda:gloo"), "cuda")
     reference = make_net()
@@ -125,7 +125,7 @@ def assert_step_changes(optimizer, changes: bool) -> None:
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("with_found_inf", [False, True])
 def test_ranks_that_differ_later(with_found_inf, foreach):
-    """The step in which they do changes nothing, without a word from the host; the next one raises on all."""
+    """The step in which they differ changes nothing, without an error. The next step raises on all ranks."""
     optimizer = LARS(sharded_params(mesh_of_all()), lr=0.5, momentum=0.9, foreach=foreach)
     if with_found_inf:
         optimizer.found_inf = torch.zeros((), device="cuda")
@@ -155,7 +155,7 @@ def test_ranks_that_differ_at_first():
 
 @on_ranks(2)
 def test_error_of_one_rank():
-    """It raises at once; the other rank's step changes nothing, and its next one says why."""
+    """That rank raises at once. The other rank's step changes nothing, and its next step says why."""
     optimizer = LARS(sharded_params(mesh_of_all()), lr=0.5, momentum=0.9)
     assert_step_changes(optimizer, True)
     state = optimizer.state[optimizer.param_groups[0]["params"][1]]

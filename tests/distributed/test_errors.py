@@ -1,4 +1,4 @@
-"""What cannot be stepped is refused by name, before anything has changed."""
+"""Parameters that cannot be stepped are refused by name, before anything has changed."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_state_sharded_otherwise(state):
 
 @on_ranks(2)
 def test_gradients_placed_otherwise():
-    """Not errors: a gradient in any placement steps as the same gradient in the parameter's."""
+    """Not an error: a gradient in any placement steps like the same gradient in the parameter's placement."""
     mesh = init_device_mesh("cpu", (2,))
     values = torch.arange(16.0).view(4, 4)
     for own in (Shard(0), Shard(1), Replicate()):

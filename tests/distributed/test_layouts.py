@@ -1,4 +1,4 @@
-"""Every way to spread parameters over ranks trains as one process does."""
+"""Every way to spread parameters over ranks trains like one process."""
 
 import pytest
 

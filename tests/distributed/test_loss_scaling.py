@@ -24,7 +24,7 @@ def whole_values(model) -> list[torch.Tensor]:
      ("tensor_parallel", True)],
 )  # fmt: skip
 def test_grad_scaler(layout, decayed_norm):
-    """Steps 0 and 3 overflow in the last shard only and all its replicas; others are as without a scaler."""
+    """Steps 0 and 3 overflow, only in the last shard and its replicas. Others are as without a scaler."""
     reference = make_net()
     reference_optimizer = make_optimizer(reference, decayed_norm=decayed_norm)
     model, data = getattr(nets, layout)(make_net())
@@ -75,7 +75,7 @@ def test_unscaled_and_clipped():
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
 def test_found_inf_of_one_rank(found, foreach):
-    """Set by hand on the last rank only, beside a plain parameter and one on a second mesh."""
+    """Set by hand on the last rank only, with a plain parameter and one on a second mesh."""
     world = dist.get_world_size()
     pairs = init_device_mesh("cpu", (world // 2, 2))
     values = torch.arange(12.0).view(6, 2)
@@ -98,7 +98,7 @@ def test_found_inf_of_one_rank(found, foreach):
 
 @on_ranks(4)
 def test_found_inf_within_nested_meshes():
-    """A mesh of all ranks carries what one pair found to the other pair."""
+    """The mesh of all ranks carries found_inf from one pair to the other."""
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     values = torch.arange(12.0).view(6, 2)
     params = [
@@ -115,7 +115,7 @@ def test_found_inf_within_nested_meshes():
 
 @on_ranks(2)
 def test_grad_scaler_without_gradients():
-    """It gives the number 0 then: on all ranks, or on one beside the tensor of another."""
+    """Then it gives the number 0: on all ranks, or on one while another has a tensor."""
     values = torch.arange(12.0).view(6, 2)
     param = nn.Parameter(distribute_tensor(values, init_device_mesh("cpu", (2,)), [Shard(0)]))
     optimizer = LARS([param], lr=0.5, momentum=0.9, fused=True)

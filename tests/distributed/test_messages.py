@@ -19,7 +19,7 @@ def with_gradients(layout, **options):
     return model, optimizer
 
 
-# Of the net's 16 parameters: how many each all-reduce is about, by number of ranks.
+# How many of the net's 16 parameters each all-reduce is about, by number of ranks.
 REDUCED = {
     "replicated": {2: [], 4: []},
     "sharded": {2: [16], 4: [16]},
@@ -46,7 +46,7 @@ def test_one_all_reduce_for_each_set_of_ranks(layout):
 
 @on_ranks(2)
 def test_sequence_parallel_gradients_share_one_reduction():
-    """The gradients of the 4 norm parameters are Partial: one message of all their elements, not one each."""
+    """The gradients of the 4 norm parameters are Partial. One message has all, instead of one each."""
     _, optimizer = with_gradients("tensor_parallel")
     partial = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad.placements[0].is_partial()
@@ -77,7 +77,7 @@ def test_foreach_sends_the_same():
 
 @on_ranks(2)
 def test_recorder_sees_dtensor_operators():
-    """What the tests above would say of an optimizer that does not unwrap its parameters."""
+    """What the tests above would find in an optimizer that does not unwrap its parameters."""
     model, data = nets.sharded(make_net())
     for x, y in batches(1):
         loss_of(model, x, y, data).backward()

@@ -1,4 +1,4 @@
-"""A step of DTensors that goes on with what the step before gathered gives the bits of one gathered anew."""
+"""A DTensor step that reuses what the last step gathered gives the same bits as one that gathers again."""
 
 import gc
 import weakref
@@ -27,7 +27,7 @@ def make(dtype=torch.float32, **options):
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     params = [nn.Parameter(distribute_tensor(v, mesh, [Shard(0)])) for v in values]
     params.append(nn.Parameter(distribute_tensor(torch.ones(5, dtype=dtype), mesh, [Replicate()])))
-    params.append(nn.Parameter(torch.ones(4, dtype=dtype)))  # no DTensor
+    params.append(nn.Parameter(torch.ones(4, dtype=dtype)))  # not a DTensor
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
     options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1, **options}
     return params, LARS(groups, **options)
@@ -87,12 +87,12 @@ def another_buffer(params, optimizer):
 
 
 def other_local_tensor(params, optimizer):
-    """As fully_shard exchanges it when a module is moved."""
+    """As when a module is moved and fully_shard replaces its local tensors."""
     params[0]._local_tensor = params[0]._local_tensor.detach() * 2
 
 
 def partial_gradient(params, optimizer):
-    """Of a replicated parameter, as sequence parallelism leaves it."""
+    """The gradient of a replicated parameter, as sequence parallelism leaves it."""
     local = params[3].grad.to_local() / dist.get_world_size()
     params[3].grad = DTensor.from_local(local, params[3].device_mesh, [Partial()], run_check=False)
 
@@ -189,7 +189,7 @@ def test_an_error_in_a_repeated_step_names_the_parameter():
 @on_ranks(2)
 @pytest.mark.parametrize("lr", [torch.tensor(1), "0.1", None, torch.ones(2)], ids=str)
 def test_an_lr_of_the_wrong_kind_on_one_rank_steps_none(lr):
-    """Found before the message, also where its value is that of the other rank."""
+    """It is found before the message, also if its value is that of the other rank."""
     params, optimizer = make(lr=1.0)
     for step in range(3):
         set_grads(params, step)

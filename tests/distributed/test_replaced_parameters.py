@@ -1,4 +1,4 @@
-"""Frameworks that replace the parameters of an optimizer that is there already, each in its own way."""
+"""Frameworks that replace the parameters of an existing optimizer, each in its own way."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from fused_lars import LARS
 
 
 def prepare_as_accelerate(model, optimizer, shard):
-    """What accelerate's prepare() does where it shards a model with FSDP2; HF's Trainer calls it too."""
+    """What accelerate's prepare() does to shard a model with FSDP2. HF's Trainer calls it too."""
     optimizer.load_state_dict(optimizer.state_dict())  # AcceleratedOptimizer
     old = {name: p.data_ptr() for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
@@ -46,7 +46,7 @@ def test_accelerate(layout):
 
 @on_ranks(2)
 def test_accelerate_after_steps():
-    """Parameters that were stepped before, without momentum, which nobody carries over."""
+    """Replaces parameters that were stepped before, without momentum. Nobody carries their state over."""
     reference, model = make_net(), make_net()
     optimizer = make_optimizer(model, momentum=0.0)
     train(model, optimizer, steps=3)
@@ -72,7 +72,7 @@ def test_accelerate_and_a_compiled_step():
 
 @on_ranks(2)
 def test_fsdp1_made_after_the_optimizer():
-    """Parameters are the same objects, and views of a flat one from then on."""
+    """The parameters are the same objects, but views of a flat one from then on."""
     model = make_net()
     optimizer = make_optimizer(model)
     model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
@@ -85,7 +85,7 @@ def test_fsdp1_made_after_the_optimizer():
 
 @on_ranks(2)
 def test_another_layout_between_steps():
-    """From sharded to whole parameters and back: what is stepped is what the groups hold."""
+    """From sharded to whole parameters and back. A step takes what the groups hold."""
     reference, (model, data) = make_net(), nets.sharded(make_net())
     optimizer = make_optimizer(model, momentum=0.0)
     train(model, optimizer, data, steps=2)
@@ -106,7 +106,7 @@ def test_another_layout_between_steps():
 
 
 def flattened(params, ranks: int, rank: int = 0) -> torch.Tensor:
-    """A rank's share of all elements, padded as DeepSpeed does."""
+    """A rank's share of all elements, padded as in DeepSpeed."""
     flat = torch.cat([p.detach().reshape(-1) for p in params])
     flat = nn.functional.pad(flat, (0, -len(flat) % (2 * ranks)))
     flat = flat.chunk(ranks)[rank].clone()
@@ -136,7 +136,7 @@ def groups_of(optimizer_of: str, model):
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("optimizer_of", ["param_groups", "one_group", "group_each"])
 def test_zero_1_and_2(optimizer_of, ranks, loaded):
-    """DeepSpeedZeroOptimizer, BF16_Optimizer and FP16_Optimizer: a flat tensor for each group."""
+    """DeepSpeedZeroOptimizer, BF16_Optimizer and FP16_Optimizer have one flat tensor for each group."""
     optimizer = groups_of(optimizer_of, make_net())
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if len(group["params"]) != 0]
     for group in optimizer.param_groups:
@@ -158,7 +158,7 @@ def test_zero_takes_one_group_at_a_time():
 
 
 def test_zero_3():
-    """Empty groups, and flat tensors in them for the time of a step."""
+    """Groups are empty, and hold flat tensors during a step."""
     optimizer = make_optimizer(make_net())
     flat = [[flattened(group["params"], ranks=2)] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -173,7 +173,7 @@ def test_zero_3():
 
 
 def test_zero_3_before_the_optimizer():
-    """zero.Init leaves empty parameters that bear its mark."""
+    """zero.Init leaves empty parameters that have its mark."""
     model = make_net()
     for i, p in enumerate(model.parameters()):
         p.ds_id, p.data = i, torch.empty(0)
@@ -182,7 +182,7 @@ def test_zero_3_before_the_optimizer():
 
 
 def test_megatron():
-    """DistributedOptimizer: this rank's part of each parameter that it owns a part of."""
+    """DistributedOptimizer: of each parameter, the part that this rank owns."""
     optimizer = make_optimizer(make_net())
     for group in optimizer.param_groups:
         shards = [p.detach().view(-1)[: p.numel() // 2].clone() for p in group["params"][:4]]
@@ -192,11 +192,11 @@ def test_megatron():
     assert_refused(optimizer)
 
 
-# ---------------------------------------------------------------- what is no flat tensor
+# ---------------------------------------------------------------- tensors that are not flat
 
 
 def test_fp32_masters_in_their_place():
-    """DeepSpeed without ZeRO in fp16 or bf16, and apex: as many tensors of the same shapes."""
+    """DeepSpeed without ZeRO in fp16 or bf16, and apex, put in as many tensors of the same shapes."""
     model = make_net(torch.bfloat16)
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
@@ -220,7 +220,7 @@ def test_fp32_masters_in_their_place():
 
 @pytest.mark.parametrize("change", ["resized", "added", "removed", "kept"])
 def test_parameters_of_the_users_own(change):
-    """A resized head, parameters added to a group or taken from it by hand."""
+    """A resized head, and parameters added to a group or removed from it by hand."""
     weights = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 4))]
     biases = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
     optimizer = LARS([{"params": weights}, {"params": biases}], lr=0.1)
@@ -240,7 +240,7 @@ def test_parameters_of_the_users_own(change):
 
 @on_ranks(2)
 def test_shapes_of_one_dimension_that_become_dtensors():
-    """DTensors are no flat tensors, whatever their number of dimensions."""
+    """DTensors are not flat tensors, whatever their number of dimensions."""
     model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
     optimizer = LARS([{"params": [*model.parameters(), nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
     optimizer.param_groups[0]["params"] = [*fully_shard(model).parameters()]

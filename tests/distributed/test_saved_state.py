@@ -1,4 +1,4 @@
-"""A run that was saved goes on: on as many ranks or on fewer, on a model made on meta, from a copy."""
+"""A saved run goes on: on as many ranks or on fewer, on a model made on meta, from a copy."""
 
 import copy
 
@@ -27,7 +27,7 @@ def make(layout: str | None, options: str):
 
 
 def values(model, optimizer) -> list[torch.Tensor]:
-    """All that a run consists of, as whole tensors."""
+    """All tensors that a run consists of, as whole tensors."""
     tensors = []
     for p in model.parameters():
         tensors.append(full(p.detach()).clone())
@@ -79,7 +79,7 @@ def test_saved_on_4_ranks(layout, options, tmp_path):
         if ranks == 4:
             assert all(map(torch.equal, resumed, uninterrupted))
         else:
-            # bf16 gradients of other parts of the batch add up to other bf16 sums.
+            # bf16 gradients of other parts of a batch add up to other bf16 sums.
             tolerance = 2**-3 if options == "masters" else nets.TOLERANCE
             off = relative_to_all(dict(enumerate(zip(resumed, uninterrupted))))
             assert max(off.values()) <= tolerance
@@ -88,7 +88,7 @@ def test_saved_on_4_ranks(layout, options, tmp_path):
 @on_ranks(2, 4)
 @pytest.mark.parametrize("foreach", [False, True])
 def test_state_dict_on_meta(foreach):
-    """Of a model that gets its values later, as a checkpoint of it is loaded."""
+    """The model gets its values later, when a checkpoint is loaded."""
     model, data = nets.sharded(make_net())
     optimizer = make_optimizer(model, foreach=foreach)
     train(model, optimizer, data, steps=2)
@@ -109,7 +109,7 @@ def test_state_dict_on_meta(foreach):
 
 @on_ranks(2)
 def test_pickled_state():
-    """What __getstate__ keeps, as copy and pickle have it, is enough to go on with."""
+    """The result of __getstate__, which copy and pickle use, is enough to go on with."""
     states = []
     for pickled in (False, True):
         model, data = nets.sharded(make_net())

@@ -18,7 +18,7 @@ OPTIONS = {"lr": 1.0, "momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient"
 
 @on_ranks(2, 4)
 def test_zero_redundancy_optimizer():
-    """Whole parameters are given out to ranks, so it is DDP's step to the bit."""
+    """Whole parameters are divided among ranks, so this is DDP's step, to the bit."""
     results = []
     for wrap in (
         LARS,
@@ -33,7 +33,7 @@ def test_zero_redundancy_optimizer():
 @on_ranks(2)
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
 def test_accumulation(layout):
-    """Two batches a step; the first one's gradients are not sent."""
+    """Two batches in a step. The gradients of the first are not sent."""
     reference, (model, data) = make_net(), getattr(nets, layout)(make_net())
     optimizers = make_optimizer(reference), make_optimizer(model)
     for i, (x, y) in enumerate(batches(20)):
@@ -55,7 +55,7 @@ def test_accumulation(layout):
 @on_ranks(2, 4)
 @pytest.mark.parametrize("layout", ["replicated", "sharded", "hybrid", "tensor_parallel"])
 def test_clipping(layout):
-    """With what docs/distributed.md says of Partial gradients where torch does not clip them."""
+    """Follows docs/distributed.md for Partial gradients if torch does not clip them."""
     reference, (model, data) = make_net(), getattr(nets, layout)(make_net())
     optimizers = make_optimizer(reference), make_optimizer(model)
     for x, y in batches(10):
@@ -74,7 +74,7 @@ def test_clipping(layout):
 
 @on_ranks(2, 4)
 def test_steps_in_backward():
-    """An optimizer for each parameter, which steps as soon as the parameter has its gradient."""
+    """Each parameter has its own optimizer, which steps as soon as the gradient is there."""
     reference = make_net()
     train(reference, LARS(reference.parameters(), **OPTIONS))
     net, data = nets.tensor_parallel(make_net())
@@ -144,7 +144,7 @@ def test_options(options):
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision(dtype, reduce_dtype, master_weights):
-    """The step that one process makes of the same gradients: bf16 sums, or fp32 sums of bf16 values."""
+    """Equals one process's step with the same gradients: bf16 sums, or fp32 sums of bf16 values."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
     reference, model = make_net(dtype), fully_shard(make_net(dtype), mesh=nets.mesh_1d(), mp_policy=policy)
     optimizers = [make_optimizer(net, master_weights=master_weights) for net in (reference, model)]
@@ -154,7 +154,7 @@ def test_mixed_precision(dtype, reduce_dtype, master_weights):
             q.grad = full(p.grad)
         for optimizer in optimizers:
             optimizer.step()
-    # A rounded weight can differ by one of its last places where the norms differ by one of theirs.
+    # If norms differ in the last place, a rounded weight can differ by one in its last place.
     assert max(nets.errors(model, reference).values()) <= (
         nets.TOLERANCE if dtype == torch.float32 else 2**-8
     )
@@ -176,7 +176,7 @@ def test_cpu_offload():
 
 @on_ranks(2, 4)
 def test_trust_ratios_and_norms():
-    """Those of whole layers, for sharded parameters, on every rank."""
+    """Sharded parameters have the values of whole layers, on every rank."""
     reference, (model, data) = make_net(), nets.sharded(make_net())
     optimizers = make_optimizer(reference), make_optimizer(model)
     train(reference, optimizers[0], steps=3)
@@ -193,7 +193,7 @@ def test_trust_ratios_and_norms():
 
 @on_ranks(2)
 def test_version_counters():
-    """Autograd must notice that a weight it saved has changed, as with any optimizer."""
+    """Autograd must notice that a weight it has saved was changed, as with any optimizer."""
     model, data = nets.tensor_parallel(make_net())
     optimizer = make_optimizer(model)
     x, y = next(batches(1))
@@ -206,7 +206,7 @@ def test_version_counters():
 
 @on_ranks(2)
 def test_compiled_step():
-    """torch.compile leaves the step on DTensors to eager mode."""
+    """torch.compile leaves a DTensor step to eager mode."""
     reference, (model, data) = make_net(), nets.sharded(make_net())
     train(reference, make_optimizer(reference), steps=3)
     optimizer = make_optimizer(model)

@@ -14,7 +14,7 @@ from distributed_nets import full
 from fused_lars import LARS
 from fused_lars._sharded import rank_sets
 
-# Rows that 4 ranks share evenly, unevenly, and so that one or three of them get none.
+# 4 ranks share these rows evenly, unevenly, or so that one or three of them get none.
 SHAPES = [(8, 3), (7, 2), (3, 5), (1, 4), (6,)]
 OPTIONS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1}
 
@@ -30,7 +30,7 @@ def shard(values):
 
 
 def parameters():
-    """The same parameters twice: sharded, and whole."""
+    """The same parameters twice, sharded and whole."""
     return [nn.Parameter(t) for t in shard(tensors(0))], [nn.Parameter(t) for t in tensors(0)]
 
 
@@ -62,7 +62,7 @@ def test_gradients_missing_everywhere(missing):
 @pytest.mark.parametrize("decayed_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_missing_on_one_rank(dtype, decayed_norm):
-    """It counts as zeros in the norms, and the shard without a gradient is left alone."""
+    """The missing gradient counts as zeros in the norms, and its shard is not changed."""
     sharded, whole = ([nn.Parameter(p.detach().to(dtype)) for p in params] for params in parameters())
     options = {**OPTIONS, "master_weights": True, "decayed_norm": decayed_norm}
     optimizers = LARS(sharded, **options), LARS(whole, **options)
@@ -112,7 +112,7 @@ def test_frozen_parameters():
 
 @on_ranks(2, 4)
 def test_groups_that_differ():
-    """Ranks 1 to 3 hold nothing of the first group; each has its own options, state and implementation."""
+    """Ranks 1 to 3 hold nothing of the first group. Each has its own options, state and implementation."""
     sharded, whole = parameters()
     optimizers = []
     for params in (sharded, whole):
@@ -133,7 +133,7 @@ def test_groups_that_differ():
 
 @on_ranks(2)
 def test_no_step_waits_for_a_rank_that_is_not_in_the_mesh():
-    """A mesh of rank 0 alone beside one of both: rank 1 has no part of the first one's parameter."""
+    """One mesh has rank 0 only, one has both. Rank 1 holds no part of the first mesh's parameter."""
     sharded, whole = parameters()
     mesh = DeviceMesh("cpu", [0])
     alone = nn.Parameter(distribute_tensor(tensors(0)[0], mesh, [Shard(0)]))
@@ -150,10 +150,10 @@ def test_no_step_waits_for_a_rank_that_is_not_in_the_mesh():
 
 @on_ranks(5)
 def test_sharded_in_two_dimensions_of_a_part_of_the_world():
-    """As in a stage of a pipeline: rank 4 is in none of the meshes and does not take part.
+    """As in a pipeline stage: rank 4 is in none of the meshes and does not take part.
 
-    No process group is made. The job would hang on one that only some of its ranks make, or that they make
-    with other ranks each.
+    No process group is made. The job would hang if only some of its ranks made one, or if they made it with
+    different ranks.
     """
     mesh = DeviceMesh("cpu", [[0, 2], [1, 3]])
     member = dist.get_rank() < 4
@@ -181,7 +181,7 @@ def test_sharded_in_two_dimensions_of_a_part_of_the_world():
 
 @on_ranks(4)
 def test_ranks_and_process_groups():
-    """Those that differ in the given dimensions only; several dimensions one after another."""
+    """The ranks that only differ in the given dimensions. Several dimensions are taken one after another."""
     mesh = init_device_mesh("cpu", (2, 2))
     rank, world = dist.get_rank(), dist.group.WORLD
     for dims, expected in (

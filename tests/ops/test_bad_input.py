@@ -1,4 +1,4 @@
-"""What does not fit is named, with what it was and what is allowed; nothing has changed by then."""
+"""Errors name what does not fit, with its value and what is allowed. Nothing has changed by then."""
 
 import dataclasses
 import re
@@ -66,7 +66,7 @@ def test_hyperparameters_out_of_range(options, message):
     [("lr", -1.0), ("lr", nan), ("momentum", 1.0), ("weight_decay", -1.0), ("trust_coefficient", 0.0)],
 )
 def test_hyperparameters_that_go_out_of_range_later(implementation, name, value):
-    """A scheduler's mistake is found by step(), which names the group."""
+    """step() finds a scheduler's mistake and names the group."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = LARS([{"params": p} for p in params], lr=0.1, momentum=0.9, **{implementation: True})
     for p in params:
@@ -103,7 +103,7 @@ NO_KERNELS = "`fused=True` requires all the params to be floating point Tensors 
 
 
 def test_fused_on_meta(device):
-    """Models are materialised later; the first step tells, in torch's words, and makes no state on meta."""
+    """Models get their memory later. The first step raises, in torch's words, and makes no state on meta."""
     if not has_kernels(device):
         pytest.skip("the build has no CUDA kernels")
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def test_fused_on_meta_beside_another_device():
         optimizer.step()
     assert not optimizer.state
     assert torch.equal(params[0], torch.ones(2))
-    params[1].grad = None  # a part of the model that is not trained
+    params[1].grad = None  # as if this part of the model were not trained
     optimizer.step()
     assert not torch.equal(params[0], torch.ones(2))
 
@@ -241,7 +241,7 @@ def test_bad_state_is_found_before_anything_is_written(op, spoil, message):
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 @pytest.mark.parametrize("kind", ["sparse", "dtype"])
 def test_the_optimizer_changes_nothing_before_a_bad_gradient_is_found(implementation, kind):
-    """Not even the state of a first step."""
+    """It does not even create the state of a first step."""
     params = [nn.Parameter(torch.ones(n)) for n in (3, 4)]
     optimizer = LARS(params, lr=0.1, momentum=0.9, **{implementation: True})
     params[0].grad = torch.ones(3)
@@ -260,7 +260,7 @@ def test_the_optimizer_changes_nothing_before_a_bad_gradient_is_found(implementa
         p.grad_dtype = None
         p.grad = torch.ones_like(p)
     optimizer.step()
-    # As if the failed step had not been.
+    # The run goes on as if the failed step had not happened.
     others = [nn.Parameter(torch.ones(n)) for n in (3, 4)]
     expected = LARS(others, lr=0.1, momentum=0.9, **{implementation: True})
     for p in others:
@@ -301,7 +301,7 @@ def test_check_step_refuses_what_step_refuses_and_writes_nothing(device, tensor_
 
 
 class SeenOps(TorchDispatchMode):
-    """The names of the ops that a dispatch mode gets to see."""
+    """Collects the names of the ops that a dispatch mode sees."""
 
     def __init__(self):
         super().__init__()
@@ -363,7 +363,7 @@ def test_a_master_of_the_wrong_dtype():
 
 
 def call(params, grads, buffers=(), op="step_", **options):
-    """The op on one group with momentum where there are buffers."""
+    """Calls the op on one group, with momentum if there are buffers."""
     rule = Rule(lr=0.1, momentum=0.9 if buffers else 0.0)
     values = {name: [getattr(rule, name)] for name in HYPERPARAMETERS}
     getattr(torch.ops.fused_lars, op)(
@@ -422,7 +422,7 @@ def test_neighbours_in_one_storage_are_stepped(device, op, views):
 
 
 def test_memory_that_came_from_elsewhere():
-    """Two storages of torch's can be the same memory of NumPy's."""
+    """Two torch storages can share the same NumPy memory."""
     array = np.ones(10, dtype=np.float32)
     one, other, apart = (torch.from_numpy(array[part]) for part in (np.s_[:6], np.s_[5:9], np.s_[9:]))
     call([one, apart], like(one, apart))
@@ -439,7 +439,7 @@ def test_what_is_only_read_may_be_shared():
 
 
 def test_shared_memory_is_found_where_there_is_some():
-    """Against the sets of elements, for slices of every kind."""
+    """Compares with sets of elements, for slices of every kind."""
     random = Random(0)
     outcomes = []
     for _ in range(400):
@@ -478,7 +478,7 @@ def test_a_weight_that_two_parameters_share(implementation):
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_parameter_that_is_listed_twice(implementation):
-    """torch only warns of it, and would step it twice."""
+    """torch only warns about it, and would step it twice."""
     param = nn.Parameter(torch.ones(3))
     optimizer = LARS([param, param], lr=0.1, momentum=0.9, **{implementation: True})
     param.grad = torch.ones(3)
@@ -491,7 +491,7 @@ def test_a_parameter_that_is_listed_twice(implementation):
 
 
 def test_the_reference_finds_leaves_before_anything_is_written():
-    """Autograd follows it, and refuses to write a leaf that requires grad."""
+    """The reference goes through autograd, which refuses to write a leaf that requires grad."""
     leaves = make_leaves()
     before = snapshot(leaves)
     for name in ("param", "momentum_buffer", "step"):
@@ -516,7 +516,7 @@ def test_the_reference_finds_leaves_before_anything_is_written():
 
 @pytest.mark.parametrize("kind", ["leaf", "inference"])
 def test_step_is_below_autograd(device, kind):
-    """Whatever autograd thinks of a tensor, also of one that goes through a dense copy, and of its count."""
+    """Leaves that require grad, and inference tensors, are stepped like others, also through a dense copy."""
     with torch.inference_mode(kind == "inference"):
         leaves, expected = make_leaves(device), make_leaves(device)
         leaves[3].param = torch.ones(10, 2, device=device)[:, 0]
@@ -554,7 +554,7 @@ def norms_with(workspace, params, grads):
 
 
 def test_a_workspace_that_kernels_cannot_use(device):
-    """What is in it cannot be seen without waiting for the device; what it is can."""
+    """Its contents cannot be checked without waiting for the device. What kind of tensor it is can be."""
     param = torch.ones(3, device=device)
     memory = torch.zeros(9, dtype=torch.int32, device=device)
     for workspace, message in [
@@ -606,7 +606,7 @@ def test_no_tensors(where):
 
 
 def test_gradients_are_not_rewritten(device):
-    """timm, pytorch_optimizer and torchlars write to p.grad; here its bits and its version stay."""
+    """timm, pytorch_optimizer and torchlars write to p.grad. Here its bits and its version stay the same."""
     for implementation in ("fused", "foreach"):
         leaves = make_leaves(device)
         optimizer = make_optimizer(leaves, **{implementation: True})
@@ -627,7 +627,7 @@ def test_gradients_are_not_rewritten(device):
     ],
 )
 def test_errors_count_groups_as_param_groups_does(spoil, message):
-    """Not as the op does, for which only the groups on its device with its implementation are there."""
+    """The op counts only groups on its device and with its implementation. Errors count all groups."""
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     groups = [{"params": [params[0]], "foreach": True}, {"params": [params[1]]}, {"params": [params[2]]}]
     optimizer = LARS(groups, lr=0.1)
@@ -657,7 +657,7 @@ def test_options_that_are_no_numbers(name, value):
     ids=repr,
 )
 def test_options_that_are_no_numbers_later(name, value, implementation, lr):
-    """What a schedule writes has the constructor's text at the next step, with the group."""
+    """If a schedule writes such a value, the next step raises the constructor's error, with the group."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
     groups = [{"params": params[0], "foreach": implementation != "foreach"}]
     groups += [{"params": p} for p in params[1:]]
@@ -681,7 +681,7 @@ def test_options_that_are_no_numbers_later(name, value, implementation, lr):
 )
 @pytest.mark.parametrize("others", ["numbers", "tensors"])
 def test_an_lr_tensor_that_goes_bad_later(value, implementation, others, device):
-    """One answer from every implementation, as far as the host sees the value."""
+    """Every implementation gives the same error, if the host sees the value."""
     if implementation.get("fused") and not has_kernels(device):
         pytest.skip("the build has no CUDA kernels")
     params = [torch.ones(3, device=device) for _ in range(2)]
@@ -728,7 +728,7 @@ def test_layer_adaptation_of_another_kind(value):
 
 
 def test_options_after_momentum_are_keywords():
-    """torch's SGD has dampening next and lightly weight_decay; their order would be taken for another."""
+    """torch's SGD has dampening next, lightly weight_decay. By position they could be mistaken."""
     params = [nn.Parameter(torch.ones(2))]
     LARS(params, 0.1, 0.9)
     for more in ((0,), (0, 1e-4)):
@@ -744,7 +744,7 @@ def test_a_sparse_parameter():
 
 
 def test_a_default_device_that_is_not_the_parameters():
-    """An lr that is a float beside one that is a tensor becomes a tensor on the CPU, not on that device."""
+    """Beside a tensor lr, a float lr becomes a tensor on the CPU, not on the default device."""
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = LARS([{"params": [params[0]], "lr": torch.tensor(0.5)}, {"params": [params[1]]}], lr=0.5)
     for p in params:

@@ -36,7 +36,7 @@ def state_of(optimizer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("decayed_norm", [False, True])
 def test_captured_steps_are_eager_steps_cuda(decayed_norm):
-    """A replay follows a new lr and new gradients, and an overflow in between changes nothing."""
+    """A replay follows a new lr and new gradients. An overflow in between changes nothing."""
     script = [(0.5, 1.0, 0.0), (0.25, -2.0, 0.0), (0.25, 3.0, 1.0), (0.125, 3.0, 0.0), (0.125, 1.0, 2.0)]
 
     def prepare():
@@ -49,7 +49,7 @@ def test_captured_steps_are_eager_steps_cuda(decayed_norm):
         first = [p.grad.clone() for p in params]
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            optimizer.step()  # makes the state, as torch asks for before a capture
+            optimizer.step()  # creates the state, as torch requires before a capture
         torch.cuda.current_stream().wait_stream(stream)
         return params, optimizer, first
 
@@ -76,13 +76,13 @@ def test_captured_steps_are_eager_steps_cuda(decayed_norm):
         assert all(map(same_bits, after, state_of(expected)))
         for norms in zip(optimizer.layer_norms().values(), expected.layer_norms().values(), strict=True):
             assert all(map(same_bits, *norms))
-        # Without this a graph that does nothing and an optimizer that does nothing would agree.
+        # Without this, a graph and an optimizer that both do nothing would agree.
         assert all(map(same_bits, before, after)) == (inputs[2] != 0.0)
 
 
 @pytest.mark.parametrize("captured", [slice(0, 2), slice(0, 6)], ids=["few", "all"])
 def test_a_graph_goes_on_after_other_eager_steps_cuda(captured):
-    """Eager steps on more or fewer parameters leave a graph the memory that it was captured with."""
+    """After eager steps on more or fewer parameters, a graph still has the memory of its capture."""
 
     def step_with_grads(optimizer, params, have_grads, step):
         for p in params:
@@ -118,12 +118,12 @@ def test_a_graph_goes_on_after_other_eager_steps_cuda(captured):
 
 
 def test_a_step_captured_without_a_step_before_cuda():
-    """Its workspace is zeroed by the graph alone, and later eager steps have one of their own."""
+    """Only the graph zeroes its workspace. Later eager steps use another one."""
     params, alone = make_params(), make_params()
     optimizer, expected = LARS(params, lr=0.5, **OPTIONS), LARS(alone, lr=0.5, **OPTIONS)
     for group in optimizer.param_groups:
         group["capturable"] = True
-    for p in params:  # state, which torch wants before a capture
+    for p in params:  # creates the state that torch requires before a capture
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -136,7 +136,7 @@ def test_a_step_captured_without_a_step_before_cuda():
 
 
 def test_a_side_stream_is_respected_cuda():
-    """A step on a side stream waits for what that stream was told to wait for, and for nothing else."""
+    """A step on a side stream waits for what that stream waits for, and for nothing else."""
     params, alone = make_params(), make_params()
     optimizer, expected = LARS(params, lr=0.5, **OPTIONS), LARS(alone, lr=0.5, **OPTIONS)
     side = torch.cuda.Stream()
@@ -167,7 +167,7 @@ def test_the_workspace_is_left_clean_cuda(found_inf):
 
 
 def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
-    """It grows where it must, zeroed, and a step that needs less leaves it as it is."""
+    """It grows, zeroed, if it must. A step that needs less leaves it as it is."""
     params, alone = make_params(), make_params()
     optimizer, expected = LARS(params, lr=0.5, **OPTIONS), LARS(alone, lr=0.5, **OPTIONS)
     for have_grads in (slice(0, 2), slice(0, 6), slice(1, 3)):
@@ -185,7 +185,7 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
 @pytest.mark.parametrize("only_grads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
-    """The scalar path sums and updates as the vector path does. DDP's bucket views misalign gradients."""
+    """The scalar path sums and updates like the vector path. DDP's bucket views misalign gradients."""
 
     def shifted(x):
         storage = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
@@ -204,7 +204,7 @@ def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
 
 
 def test_lists_longer_than_a_launch_cuda():
-    """3,000 tensors in 300 groups get the bits that each gets alone."""
+    """3,000 tensors in 300 groups get the bits that each one gets alone."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3000, 5, generator=generator).to("cuda")
     params = [nn.Parameter(x.clone()) for x in values]
@@ -224,7 +224,7 @@ def test_lists_longer_than_a_launch_cuda():
 
 
 def test_one_large_tensor_cuda():
-    """20 million elements, within rounding of the CPU step."""
+    """20 million elements differ from the CPU step only by rounding."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20_000_003, generator=generator)
     grad = torch.randn(20_000_003, generator=generator)
@@ -232,14 +232,14 @@ def test_one_large_tensor_cuda():
     for p in params:
         p.grad = grad.to(p.device)
         LARS([p], lr=0.5, momentum=0.9, weight_decay=1e-3).step()
-    # q differs by the rounding of sums; then one rounding of the product and one of the difference.
+    # q differs by the rounding of sums. Then the product and the difference are each rounded once.
     torch.testing.assert_close(params[0].cpu(), params[1], rtol=2**-22, atol=1e-9)
     assert not same_bits(params[0], weight)
 
 
 @pytest.mark.parametrize("fault", ["behind an allocation", "no pointer of the device"])
 def test_a_fault_in_training_surfaces_as_torch_reports_it_cuda(fault):
-    """In a process of its own: a real device stays unusable afterwards."""
+    """This needs its own process, because a real device stays unusable after a fault."""
     program = """
 import sys
 import torch

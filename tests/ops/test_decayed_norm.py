@@ -1,4 +1,4 @@
-"""decayed_norm: the ratio divides by |g' + weight_decay * w|. test_rule.py has it in all settings."""
+"""decayed_norm: the ratio divides by |g' + weight_decay * w|. test_rule.py tests it with all settings."""
 
 import math
 
@@ -21,9 +21,9 @@ RULE = Rule(lr=0.5, weight_decay=0.1, trust_coefficient=0.02, decayed_norm=True)
 @pytest.mark.parametrize("dtypes", [Dtypes(F32), Dtypes(F64), Dtypes(BF16, F32), Dtypes(BF16)], ids=str)
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5, 1e-7])
 def test_near_a_stationary_point(op, dtypes, distance, device, generator):
-    """g is nearly -weight_decay * w. Three sums, of w * w, g * g and w * g, would leave 1e-8 / distance^2.
+    """g is nearly -weight_decay * w. Sums of w * w, g * g and w * g would be off by 1e-8 / distance^2.
 
-    The norm is that of the vector which the update scales: one rounding of its terms, 2 u / distance.
+    The norm is that of the vector that the update scales, with one rounding of its terms: 2 u / distance.
     """
     leaf = make_leaf("w", Layouts(Layout((5000,))), dtypes, RULE, device, generator)
     noise = torch.randn(5000, generator=generator, dtype=F64)
@@ -34,7 +34,7 @@ def test_near_a_stationary_point(op, dtypes, distance, device, generator):
     _, norms = call_op_for_norms([leaf], op=op)
     error = bounds.SLACK * bounds.grad_norm_error(dtypes.param, leaf.grad.dtype, 5000, expected.terms)
     if dtypes.param == F32 and distance >= 1e-5:
-        assert error < 0.05  # which is what the bound says: digits are left
+        assert error < 0.05  # the bound leaves some digits
     assert abs(norms[0, 1].item() - expected.grad) <= error * expected.grad
 
 
@@ -54,7 +54,7 @@ def test_exactly_at_a_stationary_point(op, dtype, device):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_zeros(op, maximize, device):
-    """A zero gradient leaves trust_coefficient / weight_decay; a zero weight and no decay leave 1."""
+    """A zero gradient gives trust_coefficient / weight_decay. A zero weight without decay gives 1."""
     ones, zeros = torch.ones(5000, device=device), torch.zeros(5000, device=device)
     rule = Rule(weight_decay=0.1, trust_coefficient=0.02, decayed_norm=True, maximize=maximize)
     without = Rule(trust_coefficient=0.02, decayed_norm=True, maximize=maximize)
@@ -89,7 +89,7 @@ def test_without_decay_both_norms_are_one(op, dtypes, device, generator):
 @pytest.mark.parametrize("numel", [40, 9000])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-16, 2.0**16])
 def test_at_every_decade(dtype, numel, scale, device):
-    """Norms whose squares leave the type: subnormal numbers, and numbers whose squares overflow."""
+    """Squares of these numbers leave the type: they are subnormal or overflow."""
     low, high = (-44, 38) if dtype == F32 else (-300, 300)
     values = np.linspace(1.0, 2.0, numel)
     leaves = []
@@ -122,7 +122,7 @@ def test_special_numbers(op, device):
 
 
 def test_given_norms_are_of_the_decayed_gradient(device, generator):
-    """The norms op gives what the step takes itself, for several groups and with a scale."""
+    """The norms op gives the norms that the step takes, for several groups and with a scale."""
     layouts = Layouts(Layout((5001,)))
     rules = [RULE, Rule(weight_decay=0.3), Rule(weight_decay=0.7, maximize=True, decayed_norm=True)]
     leaves = [make_leaf("w", layouts, Dtypes(F32), rule, device, generator) for rule in rules]

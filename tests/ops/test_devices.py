@@ -1,4 +1,4 @@
-"""Parameters on several devices in one group, and a device without kernels of its own."""
+"""Parameters on several devices in one group, and a device without its own kernels."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_several_devices_in_one_group_cuda(lr):
 
 
 def test_cpu_and_meta_in_one_group():
-    """Meta parameters step without computing, as they do when a model is built before its memory."""
+    """Meta parameters are stepped without computing, as when a model is built before it has memory."""
     real, meta = nn.Parameter(torch.linspace(1, 2, 30)), nn.Parameter(torch.empty(5, 6, device="meta"))
     optimizer = train([real, meta])
     alone = nn.Parameter(torch.linspace(1, 2, 30))
@@ -75,7 +75,7 @@ def test_more_than_2_to_the_31_elements_on_meta():
 
 
 def test_nothing_changes_on_any_device_before_a_bad_tensor_is_found():
-    """Each device is a call of its own, but all are checked before the first of them writes."""
+    """Each device has its own call, but all calls are checked before the first one writes."""
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.empty(4, device="meta"))]
     optimizer = train(params, steps=1)
     before = params[0].detach().clone(), optimizer.state[params[0]]["momentum_buffer"].clone()

@@ -1,4 +1,4 @@
-"""Numbers at the edge of what a dtype holds: zero norms, large and small values, every rounding of a half."""
+"""Numbers at the limits of a dtype: zero norms, large and small values, every rounding of a half."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def implementation(request):
 
 @pytest.mark.parametrize("zero", ["param", "grad", "both"])
 def test_zero_norms(implementation, zero, device, generator):
-    """The trust ratio is 1 there: a bias that starts at zero moves, and nothing becomes NaN."""
+    """The trust ratio is then 1. So a bias that starts at zero moves, and nothing becomes NaN."""
     rule = Rule(lr=0.1, momentum=0.9, weight_decay=0.1)
     leaf = make_leaf("w", Layouts(Layout((40,))), Dtypes(torch.float32), rule, device, generator)
     for name in ("param", "grad"):
@@ -40,7 +40,7 @@ def test_zero_bias_moves_in_training(device):
 
 
 def test_fp16_norms_do_not_overflow(implementation, device, generator):
-    """300 squared is more than fp16 holds, and so is the sum of 5,000 squares of 30."""
+    """300 squared is more than fp16 holds. So is the sum of 5,000 squares of 30."""
     rule = Rule(lr=0.5, trust_coefficient=0.5, momentum=0.5)
     leaf = make_leaf("w", Layouts(Layout((5000,))), Dtypes(torch.float16), rule, device, generator)
     leaf.param.fill_(30.0)
@@ -55,7 +55,7 @@ def test_fp16_norms_do_not_overflow(implementation, device, generator):
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("exponent", [-30, -15, 15, 30])
 def test_norms_of_large_and_small_numbers(implementation, dtype, exponent, device, generator):
-    """fp32 holds squares of 2^±60; the ratio of the norms is what counts."""
+    """fp32 holds squares of 2^±60. Only the ratio of the norms matters."""
     rule = Rule(lr=0.5, trust_coefficient=0.5, weight_decay=0.1)
     dtypes = Dtypes(dtype, torch.float32)
     leaf = make_leaf("w", Layouts(Layout((300,))), dtypes, rule, device, generator)
@@ -66,7 +66,7 @@ def test_norms_of_large_and_small_numbers(implementation, dtype, exponent, devic
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("lr", [0.0, 1.0])
 def test_half_parameters_are_updated(implementation, dtype, lr, device, generator):
-    """...and lr = 0 leaves their bits alone, whatever the momentum buffer holds."""
+    """With lr = 0 their bits do not change, whatever the momentum buffer holds."""
     rule = Rule(lr=lr, trust_coefficient=0.2, momentum=0.9, trust_clip=True, classic_momentum=False)
     leaf = make_leaf("w", Layouts(Layout((600,))), Dtypes(dtype), rule, device, generator)
     before = leaf.param.clone()
@@ -90,7 +90,7 @@ def test_larc_clip_divides_by_no_zero(implementation, lr, clip, tensor_lr, devic
 
 
 def rounding_cases(dtype: torch.dtype) -> torch.Tensor:
-    """Every finite number of a half dtype, those half way to the next, and their neighbours in fp32."""
+    """Every finite number of a half dtype, the midpoints between them, and their neighbours in fp32."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()].float().sort().values
     half_way = every[:-1] / 2 + every[1:] / 2
@@ -102,13 +102,13 @@ def rounding_cases(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 def test_every_rounding_of_a_master(dtype, op, device):
-    """A step with lr = 0 rounds the master to its parameter and does nothing else."""
+    """A step with lr = 0 only rounds the master to its parameter."""
     master = rounding_cases(dtype).to(device)
     rule = Rule(lr=0.0, layer_adaptation=False, master_weights=True)
     param, grad = torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype)
     leaf = Leaf("w", rule, param, grad, master_param=master.clone())
     call_op([leaf], op=op)
-    # w - 0 is w, but the sign of a zero is lost: -0 - -0 is 0.
+    # w - 0 is w, but a zero loses its sign: -0 - -0 is 0.
     assert torch.equal(leaf.master_param, master)
     expected = master.to(dtype)
     wrong = (leaf.param != expected).nonzero().reshape(-1)
@@ -118,7 +118,7 @@ def test_every_rounding_of_a_master(dtype, op, device):
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 def test_every_half_is_read_right(dtype, op, device):
-    """Subtracting every finite number of the dtype, as a gradient, from an fp32 master of zeros."""
+    """Subtracts every finite number of the dtype, as a gradient, from an fp32 master of zeros."""
     grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     grad = grad[grad.isfinite()].to(device)
     rule = Rule(lr=1.0, layer_adaptation=False, master_weights=True)
@@ -131,7 +131,7 @@ def test_every_half_is_read_right(dtype, op, device):
 
 
 def test_scaling_the_gradient_does_not_change_the_step(implementation, device, generator):
-    """Without decay and eps the step depends on the gradient's direction only; powers of two are exact."""
+    """Without decay and eps, only the gradient's direction matters. Powers of two are exact."""
     rule = Rule(lr=0.5, trust_coefficient=0.1)
     leaves = []
     for exponent in (0, -40, -3, 20, 40):

@@ -1,4 +1,4 @@
-"""Parameter groups: each has its own options, and who shares a group, a list or a call changes no bit."""
+"""Parameter groups: each has its own options. Sharing a group, a list or a call changes no bit."""
 
 import dataclasses
 import random
@@ -39,7 +39,7 @@ def leaves(device, generator):
 def test_splitting_groups_changes_no_bit(leaves):
     others = [copy_leaf(leaf) for leaf in leaves]
     for leaf in others:
-        leaf.rule = dataclasses.replace(leaf.rule)  # an equal rule, but a group of its own
+        leaf.rule = dataclasses.replace(leaf.rule)  # an equal rule, but a separate group
     alone = [copy_leaf(leaf) for leaf in leaves]
     call_op(leaves)
     call_op(others)
@@ -61,7 +61,7 @@ def test_order_changes_no_bit(leaves):
 @pytest.mark.parametrize("where", [0, 1, 2, 3])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_size_0_anywhere_in_the_list(implementation, where, device, generator):
-    """apex drops the pending launch when the last tensor is empty."""
+    """apex drops the pending launch if the last tensor is empty."""
     rule = Rule(lr=0.5, momentum=0.6, trust_coefficient=0.7)
     names = ["matrix", "tiles", "one element"]
     names[where:where] = ["size 0", "size 0 in a dimension"]
@@ -85,7 +85,7 @@ def test_nothing_but_size_0(implementation, device, generator):
 
 
 def test_465_groups(device):
-    """rf-detr has a group for each parameter; they give the bits of one group."""
+    """rf-detr has a group for each parameter. They give the bits of one group."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(1 + i % 7, generator=generator).to(device) for i in range(465)]
     together, apart = ([nn.Parameter(x.clone()) for x in values] for _ in range(2))
@@ -103,7 +103,7 @@ def test_465_groups(device):
 
 
 def test_every_option_can_be_a_groups_own(device):
-    """A group's override and the constructor's argument give the same bits."""
+    """A group's override gives the same bits as the constructor's argument."""
     overrides = [
         dict(lr=0.25),
         dict(momentum=0.0),
@@ -134,7 +134,7 @@ def test_every_option_can_be_a_groups_own(device):
                     p.grad = torch.cos(p.detach() * (step + 1))
             optimizer.step()
             for group in optimizer.param_groups:
-                # At a constant lr the two conventions of momentum are the same.
+                # At a constant lr the two momentum conventions are the same.
                 group["lr"] = group["lr"] * 0.75
 
     grouped = [make() for _ in overrides]
@@ -152,7 +152,7 @@ def test_every_option_can_be_a_groups_own(device):
 @pytest.mark.parametrize("trust_clip", [False, True])
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_adaptation_of_what_is_decayed(implementation, trust_clip, device):
-    """ "decayed" is True where a group has a weight decay; elsewhere the step is plain, without a clip."""
+    """ "decayed" is True if a group has weight decay. Otherwise the step has no adaptation and no clip."""
 
     def train(layer_adaptation, trust_clips):
         params = [nn.Parameter(torch.linspace(1, 2, 30, device=device)) for _ in range(3)]
@@ -162,7 +162,7 @@ def test_adaptation_of_what_is_decayed(implementation, trust_clip, device):
         ]
         optimizer = LARS(groups, lr=2.0, momentum=0.5, trust_coefficient=0.7, **{implementation: True})
         for step in range(4):
-            # A schedule may switch the decay off, and with it the adaptation.
+            # A schedule may switch off the decay. That switches off the adaptation too.
             optimizer.param_groups[2]["weight_decay"] = 0.1 if step < 2 else 0.0
             if layer_adaptation[2] != "decayed":
                 optimizer.param_groups[2].update(
@@ -189,7 +189,7 @@ def test_masters_of_one_group_only(device):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-    # Ten updates of 1e-4 of the weight: bf16 alone rounds each of them away, the master adds them up.
+    # Ten updates of 1e-4 of the weight. bf16 alone rounds each of them away, but the master adds them up.
     assert list(optimizer.state[params[0]]) == ["master_param"]
     assert params[1] not in optimizer.state
     start = torch.linspace(1, 2, 50, dtype=torch.bfloat16, device=device)
@@ -202,7 +202,7 @@ def test_masters_of_one_group_only(device):
 @pytest.mark.parametrize("dampening", [0.0, 0.4])
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_first_gradient_that_comes_later(implementation, dampening, device):
-    """torch's fused SGD fails there; the first step of each parameter is its own."""
+    """torch's fused SGD fails here. Each parameter has its own first step."""
     options = dict(lr=0.5, momentum=0.9, dampening=dampening, classic_momentum=False, trust_coefficient=0.5)
     options[implementation] = True
     values = torch.linspace(-1, 2, 40, device=device), torch.linspace(1, 3, 10, device=device)
@@ -229,7 +229,7 @@ def test_a_first_gradient_that_comes_later(implementation, dampening, device):
 def test_parameters_without_a_gradient_are_left_alone(implementation, device):
     params = [nn.Parameter(torch.ones(4, device=device)) for _ in range(3)]
     optimizer = LARS(params, lr=0.5, momentum=0.9, **{implementation: True})
-    optimizer.step()  # none has one
+    optimizer.step()  # no parameter has a gradient
     assert not optimizer.state
     assert not optimizer.trust_ratios()
     params[1].grad = torch.ones_like(params[1])
@@ -261,7 +261,7 @@ def test_a_group_added_in_training(device):
 
 
 def test_momentum_switched_on_and_off(device):
-    """A scheduler may change any option between steps; the buffer stays for when momentum is back."""
+    """A scheduler may change any option between steps. The buffer stays until momentum is back."""
     p = nn.Parameter(torch.linspace(1, 2, 30, device=device))
     optimizer = LARS([p], lr=0.5)
     for momentum in (0.0, 0.9, 0.0, 0.5):
@@ -277,7 +277,7 @@ def test_momentum_switched_on_and_off(device):
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_trust_ratios_are_kept_for_every_parameter(implementation, device):
-    """They are those of the step, by parameter, and a later step does not write into what was given out."""
+    """They are those of the step, by parameter. A later step does not overwrite what was returned."""
     params = [nn.Parameter(torch.full((n,), 2.0, device=device)) for n in (4, 0, 9)]
     optimizer = LARS(
         [{"params": params[:2]}, {"params": params[2:], "layer_adaptation": False}],

@@ -1,4 +1,4 @@
-"""What a step allocates and how it tells autograd that tensors have changed."""
+"""What a step allocates, and how it tells autograd that tensors have changed."""
 
 import os
 
@@ -15,7 +15,7 @@ NUMEL = 300_000
 
 
 def peak_bytes(run) -> int:
-    """The most that `run` had allocated at a time on the CPU, beyond what there was."""
+    """The most memory on the CPU that `run` had allocated at a time, beyond what there was before."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -85,7 +85,7 @@ def test_autograd_notices_a_step_between_forward_and_backward(implementation, de
         loss.backward()
 
 
-# Two and four times as many elements as an int counts to; memory and time for those who ask for it.
+# More elements than an int can count. This needs much memory and time, so it runs only on request.
 large = pytest.mark.skipif(
     not os.environ.get("FUSED_LARS_LARGE_TESTS"), reason="needs 14 GB; FUSED_LARS_LARGE_TESTS=1 runs it"
 )
@@ -94,7 +94,7 @@ large = pytest.mark.skipif(
 @large
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "columns"])
 def test_more_elements_than_2_to_the_31(strided, device):
-    """The first and the last elements of a bf16 tensor whose gradient equals it: w -= lr * w."""
+    """Checks the first and last elements of a bf16 tensor whose gradient equals it: w -= lr * w."""
     numel = 2**31 + 4097
     param = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     if strided:

@@ -1,4 +1,4 @@
-"""Norms over the whole range of a dtype, where squares have half of it."""
+"""Norms over the whole range of a dtype. Squares only fit half of that range."""
 
 import numpy as np
 import pytest
@@ -10,25 +10,23 @@ from layouts import Layout, Layouts
 from reference import Rule
 from stepping import Dtypes, Leaf, assert_within, call_op, make_leaf, same_bits, to_numpy
 
-# Every decade of what a dtype holds, subnormal numbers included. The norm of several tiles is finite too.
+# Every decade of a dtype, with subnormal numbers. The norm of several tiles is still finite.
 DECADES = {
     torch.float64: range(-323, 305),
     torch.float32: range(-45, 38),
     torch.bfloat16: range(-40, 38),
     torch.float16: range(-7, 4),
 }
-# One tile and several of either backend, with and without a rest.
+# One tile and several tiles of each backend, with and without a rest.
 SIZES = (1, 33, 1030, 2048, 4099, 8192)
 every_dtype = pytest.mark.parametrize("dtype", DECADES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def numbers(decade: int, numel: int, dtype, device, generator, misaligned=False) -> torch.Tensor:
-    """Of one decade and either sign, in storage that is NaN around them."""
+    """Numbers of one decade and either sign, in storage that is NaN around them."""
     x = (8 * torch.rand(numel, generator=generator, dtype=torch.float64) + 1).numpy()
     x[::2] *= -1
-    x = (x * np.longdouble(10) ** decade).astype(
-        np.float64
-    )  # 10.0**decade has few digits where it is subnormal
+    x = (x * np.longdouble(10) ** decade).astype(np.float64)  # 10.0**decade has few digits if it is subnormal
     storage = torch.full((numel + 9,), torch.nan, dtype=dtype)
     first = 1 if misaligned else 0
     storage[first : first + numel] = torch.from_numpy(x).to(dtype)
@@ -36,7 +34,7 @@ def numbers(decade: int, numel: int, dtype, device, generator, misaligned=False)
 
 
 def norm_error(dtype, norm, numel):
-    """Of a norm, relative: where fp64 holds it as a subnormal number, up to the whole of it."""
+    """The relative error of a norm. If fp64 holds it as a subnormal number, up to all of it."""
     return bounds.norm_error(dtype, numel) + bounds.SMALLEST[torch.float64] / norm
 
 
@@ -44,8 +42,8 @@ def norm_error(dtype, norm, numel):
 @pytest.mark.parametrize("misaligned", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_squared_norms_at_every_decade(dtype, misaligned, reverse, device, generator):
-    """Weights and gradients from opposite ends. Squares that leave fp64 are 0 or inf there."""
-    # Where the squares of fp64 are normal numbers, even those of some thousand elements.
+    """Weights and gradients come from opposite ends. Squares that leave fp64 are 0 or inf here."""
+    # In these decades the squares are normal fp64 numbers, even summed over some thousand elements.
     decades = [d for d in DECADES[dtype] if -150 < d < 150]
     tensors = [
         [
@@ -63,7 +61,7 @@ def test_squared_norms_at_every_decade(dtype, misaligned, reverse, device, gener
 
 
 def expect_step(op, leaves: list[Leaf]) -> None:
-    """check_step, with what numbers at the lower end lose beside relative errors."""
+    """Like check_step, plus the absolute errors of numbers at the lower end."""
     before = [{name: x.clone() for name, x in leaf.tensors().items()} for leaf in leaves]
     ratios = call_op(leaves, op=op).cpu()
     for leaf, old, ratio in zip(leaves, before, ratios):
@@ -74,8 +72,8 @@ def expect_step(op, leaves: list[Leaf]) -> None:
         q_error += 8 * bounds.ROUNDOFF[torch.float64]
         assert_within(ratio, result.trust_ratio, q_error * result.trust_ratio, f"{leaf.name}: trust ratio")
         u = bounds.ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
-        # Each of at most 10 products may round to a multiple of the smallest number; a ratio of at most
-        # trust_coefficient / weight_decay multiplies two of them.
+        # Each of at most 10 products may round to a multiple of the smallest number. Two of them are
+        # multiplied by a ratio of at most trust_coefficient / weight_decay.
         underflow = 10 * bounds.SMALLEST[torch.float64 if dtype == torch.float64 else torch.float32]
         errors = ((q_error + 13 * u) * result.update_terms, (q_error + 8 * u) * result.buffer_terms)
         weight_error, buffer_error = (bounds.SLACK * error + underflow for error in errors)
@@ -107,7 +105,7 @@ def test_step_at_every_decade(dtype, op, varied, weight_decay, device, generator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 def test_one_tensor_of_all_decades(dtype, op, device, generator):
-    """Tiles of zeros, in range and out of range either way; elements that alone decide the norm."""
+    """Tiles of zeros, in range and out of range either way, and elements that alone decide the norm."""
     tiny, huge = (-300, 300) if dtype == torch.float64 else (-38, 37)
     rule = Rule(lr=0.5, trust_coefficient=0.5, momentum=0.5)
     leaves = []
@@ -135,7 +133,7 @@ def test_one_tensor_of_all_decades(dtype, op, device, generator):
 
 
 def test_norms_where_subnormal_numbers_are_flushed(generator):
-    """Numbers that are not subnormal, though their squares are."""
+    """Numbers that are not subnormal, but whose squares are."""
     leaves = []
     rule = Rule(lr=0.5, trust_coefficient=0.5, momentum=0.5)
     if not torch.set_flush_denormal(True):
@@ -159,7 +157,7 @@ def test_norms_where_subnormal_numbers_are_flushed(generator):
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 @pytest.mark.parametrize("numel", [40, 9000])
 def test_numbers_that_are_none(dtype, op, numel, device, generator):
-    """An infinite gradient gives q = 0, an infinite weight NaN, a NaN elsewhere and a norm of 0 give 1."""
+    """q is 0 for an infinite gradient, NaN for an infinite weight, and 1 for another NaN or a norm of 0."""
     largest = torch.finfo(dtype).max / numel
     rule = Rule(lr=0.5, trust_coefficient=0.5)
     leaves, expected = [], []
@@ -185,7 +183,7 @@ def test_numbers_that_are_none(dtype, op, numel, device, generator):
 
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 def test_a_ratio_beyond_fp32_moves_the_weights(op, device, generator):
-    """|w| / |g| of 1e-42 and 1e42, whose update has the weights' size all the same."""
+    """|w| / |g| is 1e-42 or 1e42, but the update still has the size of the weights."""
     rule = Rule(lr=1.0, momentum=0.5)
     leaves = []
     for weight, grad in ((0, -41), (2, -44), (-6, 37), (-4, 37), (20, -20), (-20, 20)):

@@ -1,4 +1,4 @@
-"""hypothesis: any shapes, strides, dtypes, groups and options, against the fp64 reference."""
+"""Tests any shapes, strides, dtypes, groups and options with hypothesis, against the fp64 reference."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from stepping import IMPLEMENTATIONS, Dtypes, check_step, make_leaf
 
 @st.composite
 def layouts(draw, sizes):
-    """Strides of a permutation of the dimensions, with gaps of some elements after each, and an offset."""
+    """Draws strides for permuted dimensions, with gaps of some elements after each, and an offset."""
     order = draw(st.permutations(range(len(sizes))))
     strides, step = [0] * len(sizes), 1
     for d in order:
@@ -25,7 +25,7 @@ def layouts(draw, sizes):
 
 @st.composite
 def parameter_layouts(draw):
-    # From nothing to more than a tile, around the widths of vectors and of chunks.
+    # From none to more than a tile of elements, around the widths of vectors and of chunks.
     one_dimension = st.sampled_from([0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 65, 511, 513, 4095, 4097]).map(
         lambda n: (n,)
     )
@@ -63,7 +63,7 @@ def rules(draw):
 
 @st.composite
 def steps(draw, device):
-    """Leaves of one to three groups with all their options, and how to step them."""
+    """Draws leaves of one to three groups with all their options, and how to step them."""
     leaves = []
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     for _ in range(draw(st.integers(1, 3))):

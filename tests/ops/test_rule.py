@@ -1,4 +1,4 @@
-"""Every dtype, option and layout against the fp64 reference, by every implementation."""
+"""Every dtype, option and layout against the fp64 reference, with every implementation."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_step(implementation, dtypes, options, device, generator):
     rule = Rule(**options, master_weights=dtypes.master)
     leaves = make_leaves(rule, dtypes, device, generator)
     check_step(implementation, leaves)
-    if rule.dampening > 0:  # which leaves out the first step
+    if rule.dampening > 0:  # dampening does not apply to the first step
         check_step(implementation, leaves)
 
 
@@ -68,7 +68,7 @@ def test_given_norms_replace_those_of_the_tensors(dtypes, device, generator):
     a, b = ([make_leaf("", LAYOUTS["matrix"], dtypes, rule, device, generator)] for _ in range(2))
     for ours, other in zip(a[0].tensors().values(), b[0].tensors().values()):
         ours.copy_(other)
-    # Gradients and weights twice as large as norms have it: as if each had been handed a quarter.
+    # The given norm of the weight is twice the true one, so a step that ignores it shows.
     norms = torch.ops.fused_lars.squared_norms([a[0].param], [a[0].grad])
     ratio = call_op(a, squared_norms=norms * torch.tensor([4.0, 1.0], dtype=torch.float64, device=device))
     expected = 2 * 0.8 * norms[0, 0].sqrt() / (norms[0, 1].sqrt() + 0.3 * 2 * norms[0, 0].sqrt())

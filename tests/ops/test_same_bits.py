@@ -1,4 +1,4 @@
-"""The same inputs give the same bits: again, on any number of threads, with any instruction set."""
+"""The same inputs give the same bits: in every run, on any number of threads, with any instruction set."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_any_number_of_threads(one_thread):
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_any_instruction_set(one_thread, capability):
-    """One that the machine lacks falls to the next, so that this passes anywhere."""
+    """If the machine lacks one, the next lower one is used, so this passes on any machine."""
     assert digests(capability, [2]) == [one_thread]
 
 
@@ -52,7 +52,7 @@ def test_again(device):
     "options", [dict(momentum=0.9, nesterov=True), dict(classic_momentum=False, momentum=0.9), {}]
 )
 def test_the_update_of_every_implementation_is_one_arithmetic(options, device):
-    """The reference takes its norms in another order; without adaptation it gives the bits of the kernels."""
+    """The reference sums norms in another order. Without adaptation it gives the bits of the kernels."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator)
     results = []

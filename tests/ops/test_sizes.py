@@ -1,4 +1,4 @@
-"""Many tensors and large ones, on every device."""
+"""Many tensors, and large tensors, on every device."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ RULE = Rule(lr=0.5, momentum=0.6, weight_decay=0.3, trust_coefficient=0.7)
 
 
 def test_3000_tensors(device, generator):
-    """More than a kernel's parameters hold, of sizes around a vector's and a block's, the last one empty."""
+    """More than a kernel's parameters hold, with sizes around a vector's and a block's. The last is empty."""
     sizes = [(1, 3, 4, 17, 31, 64, 130, 257)[i % 8] for i in range(2999)] + [0]
     leaves = [
         make_leaf(f"{i}", Layouts(Layout((n,))), Dtypes(torch.float32), RULE, device, generator)
@@ -23,7 +23,7 @@ def test_3000_tensors(device, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_20_million_elements(dtype, device):
-    """One tensor, checked by its norms, its trust ratio and stretches of the update."""
+    """One tensor, checked by its norms, its trust ratio and parts of the update."""
     numel, rule = 20_000_003, Rule(lr=0.5, weight_decay=0.3, trust_coefficient=0.7)
     generator = torch.Generator().manual_seed(0)
     param, grad = (torch.rand(numel, generator=generator).to(dtype) for _ in range(2))
@@ -35,7 +35,7 @@ def test_20_million_elements(dtype, device):
     ratio = call_op([leaf]).cpu()
     error = bounds.trust_ratio_error(dtype, dtype, numel)
     torch.testing.assert_close(ratio[0], q, rtol=error, atol=0)
-    # The ends, and around multiples of 2^20, where tiles, blocks and threads change.
+    # The ends, and places around multiples of 2^20, where tiles, blocks and threads change.
     places = [0, *range(2**20, numel, 2**20), numel]
     index = torch.cat([torch.arange(max(0, k - 3), min(numel, k + 3)) for k in places])
     weight, change = before[index].double(), 0.5 * q * (grad[index].double() + 0.3 * before[index].double())

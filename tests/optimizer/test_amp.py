@@ -1,6 +1,6 @@
-"""GradScaler: an overflow skips the whole step, whichever step it is, and scales are divided out.
+"""GradScaler: an overflow skips the whole step, in any step, and gradients are divided by the scale.
 
-With fused=True the kernels do both; otherwise the scaler does, as with torch's own optimizers.
+With fused=True the kernels do both. Otherwise the scaler does, as with torch's own optimizers.
 """
 
 import copy
@@ -46,7 +46,7 @@ def scaler_step(scaler, optimizer, params, step, overflow=False):
     grads = [p.grad.clone() for p in params]
     scaler.step(optimizer)
     scaler.update()
-    # Unscaled in the kernels: neither the scaler nor the optimizer writes gradients.
+    # The kernels unscale, so neither the scaler nor the optimizer writes gradients.
     if optimizer.param_groups[0]["fused"]:
         for p, grad in zip(params, grads):
             assert same_bits(p.grad, grad)
@@ -56,7 +56,7 @@ def scaler_step(scaler, optimizer, params, step, overflow=False):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_first_step_overflows(implementation, options, dtype, master_weights, device):
-    """A momentum buffer made in a step that is skipped must be as good as none."""
+    """A momentum buffer that a skipped step has made must act like none."""
     params, plain = make_params(device, dtype), make_params(device, dtype)
     options = dict(options, **implementation, master_weights=master_weights)
     optimizer, expected = LARS(params, **options), LARS(plain, **options)
@@ -84,7 +84,7 @@ def test_first_step_overflows(implementation, options, dtype, master_weights, de
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_power_of_two_scales_leave_no_trace(implementation, options, device):
-    """Scaling by 2^k is exact in fp32, so training with the scaler gives the bits of training without."""
+    """Scaling by 2^k is exact in fp32. So training with the scaler gives the same bits as without."""
     params, plain = make_params(device), make_params(device)
     optimizer, expected = LARS(params, **options, **implementation), LARS(plain, **options, **implementation)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
@@ -125,7 +125,7 @@ def test_found_inf_is_a_sum_over_devices(implementation, found, device):
 
 
 def test_who_unscales_is_said_as_torch_says_it(device):
-    """Per instance and for fused=True alone: frameworks read _step_supports_amp_scaling."""
+    """For each optimizer, and for fused=True only: frameworks read _step_supports_amp_scaling."""
     for optimizer_class in (LARS, torch.optim.SGD):
         for options in ({}, dict(fused=False), dict(foreach=True), dict(fused=None)):
             optimizer = optimizer_class(make_params(device), lr=0.5, **options)
@@ -134,7 +134,7 @@ def test_who_unscales_is_said_as_torch_says_it(device):
 
 
 def test_who_unscales_follows_the_groups():
-    """The kernels do it where all groups ask for them."""
+    """The kernels unscale if all groups ask for them."""
 
     def make(*fused):
         return LARS([{"params": p, "fused": f} for p, f in zip(make_params("cpu"), fused)], lr=0.5)
@@ -144,7 +144,7 @@ def test_who_unscales_follows_the_groups():
     assert not make(True, None)._step_supports_amp_scaling
     for twin in (copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert twin._step_supports_amp_scaling
-    # How a process computes is its own business, not the saved run's.
+    # How a process computes does not come from the saved run.
     other = make(None, None)
     other.load_state_dict(optimizer.state_dict())
     assert not other._step_supports_amp_scaling
@@ -158,7 +158,7 @@ def test_who_unscales_follows_the_groups():
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_scaler_knows_whether_it_skipped(implementation, overflow, device):
-    """By default step() is not called after an overflow, which Accelerate's step_was_skipped looks for."""
+    """By default step() is not called after an overflow. Accelerate's step_was_skipped relies on that."""
     params = make_params(device)
     optimizer = LARS(params, lr=0.5, **implementation)
     calls = []
@@ -175,7 +175,7 @@ def test_a_scaler_knows_whether_it_skipped(implementation, overflow, device):
 
 
 def test_lightning_clips_gradients():
-    """Its plugins for mixed precision refuse to, where an optimizer unscales by itself."""
+    """Its plugins for mixed precision refuse to clip if an optimizer unscales by itself."""
     amp = pytest.importorskip("pytorch_lightning.plugins.precision")
     plugin = amp.MixedPrecision("16-mixed", "cpu")
     params = make_params("cpu")
@@ -206,7 +206,7 @@ def test_accelerate_reports_a_skipped_step():
 
 
 def test_unscale_then_clip(implementation, device):
-    """After scaler.unscale_ the scaler passes no grad_scale, and clipping sees true gradients."""
+    """After scaler.unscale_ the scaler passes no grad_scale, and clipping sees the true gradients."""
     params, plain = make_params(device), make_params(device)
     optimizer = LARS(params, lr=0.5, momentum=0.9, **implementation)
     expected = LARS(plain, lr=0.5, momentum=0.9, **implementation)
@@ -226,7 +226,7 @@ def test_unscale_then_clip(implementation, device):
 
 
 def test_accumulated_gradients(implementation, device):
-    """Two micro-batches of half the loss under the scaler are one batch."""
+    """Two micro-batches of half the loss under the scaler equal one batch."""
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(8, 6, generator=generator).to(device),
@@ -246,12 +246,12 @@ def test_accumulated_gradients(implementation, device):
         scaler.update()
         second.zero_grad()
     for p, q in zip(models[0].parameters(), models[1].parameters()):
-        # Gradients are summed in another order; three steps of trust coefficient 0.001.
+        # Gradients are summed in another order, over three steps with trust coefficient 0.001.
         torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-7)
 
 
 def test_two_optimizers_share_a_scaler(implementation, device):
-    """An overflow in one model's gradients skips that model's optimizer only."""
+    """An overflow in one model's gradients only skips that model's optimizer."""
     left, right = make_params(device), make_params(device)
     optimizers = [LARS(params, lr=0.5, momentum=0.9, **implementation) for params in (left, right)]
     scaler = torch.amp.GradScaler(device, init_scale=64.0)
@@ -271,7 +271,7 @@ def test_two_optimizers_share_a_scaler(implementation, device):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_overflow_without_a_scaler_reaches_the_weights(implementation, value, device):
-    """As in torch.optim.SGD: what is broken must not look healthy."""
+    """As in torch.optim.SGD: broken weights must not look healthy."""
     params = make_params(device)
     optimizer = LARS(params, lr=0.5, momentum=0.9, **implementation)
     set_grads(params, 0)

@@ -29,7 +29,7 @@ def make(*sizes):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradcheck(options):
     def step(weight, grad, buffer, lr):
-        weight = weight.clone()  # steps are in place, and leaves that require grad do not allow that
+        weight = weight.clone()  # steps are in place, which leaves that require grad do not allow
         weight.grad = grad
         optimizer = LARS([weight], **{**options, "lr": lr}, differentiable=True)
         if options.get("momentum"):
@@ -43,7 +43,7 @@ def test_gradcheck(options):
 
 @pytest.mark.parametrize("zero", ["weight", "grad"])
 def test_gradients_are_finite_at_zero_norms(zero):
-    """sqrt has no derivative at 0; the branch that was not chosen must not leak NaN. q is 1 there."""
+    """sqrt has no derivative at 0. The branch that is not chosen must not leak NaN. q is 1 there."""
     weight, grad = make(4), make(4)
     with torch.no_grad():
         (weight if zero == "weight" else grad).zero_()
@@ -56,14 +56,14 @@ def test_gradients_are_finite_at_zero_norms(zero):
 
 
 def test_learning_the_learning_rate():
-    """Three steps of an inner loop, differentiated to lr: the usual reason for differentiable=True."""
+    """Three steps of an inner loop, differentiated by lr: the usual reason for differentiable=True."""
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def inner(lr):
         weight = make(5).detach().clone().requires_grad_().clone()
         optimizer = LARS([weight], lr=lr, momentum=0.5, trust_coefficient=0.2, differentiable=True)
         for _ in range(3):
-            loss = (weight.clone() ** 2).sum()  # the step writes the weight
+            loss = (weight.clone() ** 2).sum()  # clone, because the step writes the weight
             weight.grad = torch.autograd.grad(loss, weight, create_graph=True)[0]
             optimizer.step()
         return (weight**2).sum()
@@ -86,7 +86,7 @@ def test_without_autograd_it_is_the_same_step(options):
 
 
 def test_a_group_of_its_own():
-    """Autograd follows the groups that ask for it, whatever the optimizer's default is."""
+    """Autograd follows the groups that ask for it, whatever the optimizer's default."""
     for default in (False, True):
         lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         weights = [make(5).detach().clone().requires_grad_(not followed) for followed in (True, False)]

@@ -1,4 +1,4 @@
-"""layer_norms() and trust_ratios(): by parameter, by name, as numbers. stepping.py checks their values."""
+"""layer_norms() and trust_ratios(): by parameter, by name, as numbers. stepping.py checks the values."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def backward(model, factor=1.0):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_norms_of_every_parameter_before_the_step(way, device):
-    """Also of those without adaptation, of one tile and of several, whose step needs no norms."""
+    """Also of parameters without adaptation, with one tile or several, whose step needs no norms."""
     model = make_model(device)
     layers = model[0], model[2]
     optimizer = LARS(
@@ -102,7 +102,7 @@ def test_a_nan_shows_in_its_layer_only(way, device):
 @pytest.mark.parametrize("decayed_norm", [False, True])
 @pytest.mark.parametrize("way", [{"fused": True}, {}], ids=str)
 def test_gradients_of_a_scaler_are_unscaled(way, decayed_norm, device):
-    """Whoever divides by the scale; a step that is skipped leaves the norms of the step before."""
+    """Either the kernels or the scaler may unscale. A skipped step leaves the norms of the step before."""
     model = make_model(device)
     optimizer = LARS(model.parameters(), lr=0.1, weight_decay=0.3, decayed_norm=decayed_norm, **way)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)

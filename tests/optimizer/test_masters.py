@@ -1,4 +1,4 @@
-"""fp32 masters: what is written into a parameter between steps stays; the other elements lose nothing."""
+"""fp32 masters: a write into a parameter between steps stays, and the other elements lose nothing."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def implementation(request, device):
 def make(device, dtype=torch.bfloat16, **options):
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(n, generator=generator).to(device, dtype) for n in (40, 1, 0, 130)]
-    # Also a layout that is not the master's own.
+    # Also a layout that differs from the master's.
     values.append(torch.randn(6, 5, generator=generator).to(device, dtype).t())
     params = [nn.Parameter(x) for x in values]
     return params, LARS(params, **{**OPTIONS, **options})
@@ -95,7 +95,7 @@ writes = pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
 @writes
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_write_between_steps_stays(write, dtype, implementation, device):
-    """The steps are those of fp32 parameters of which exactly the elements that were written change."""
+    """The steps are those of fp32 parameters in which exactly the written elements change."""
     params, optimizer = make(device, dtype, **implementation)
     twins = [nn.Parameter(p.detach().float()) for p in params]
     expected = LARS(twins, **{**OPTIONS, **implementation})
@@ -113,7 +113,7 @@ def test_a_write_between_steps_stays(write, dtype, implementation, device):
         for p, twin in zip(params, twins):
             assert same_bits(optimizer.state[p]["master_param"], twin)
             assert same_bits(p, twin.to(dtype))
-    # There is something below the last bit to be lost.
+    # There are low bits that could be lost.
     assert not torch.equal(twins[0], twins[0].to(dtype).float())
 
 
@@ -132,7 +132,7 @@ def test_a_clamped_parameter_stays_clamped(implementation, device):
 
 
 def test_nothing_is_lost_where_nothing_was_written(implementation, device):
-    """Not in a run that reads and copies parameters, nor where a write leaves a value as it was."""
+    """Neither a run that reads and copies parameters loses bits, nor a write that leaves values unchanged."""
     params, optimizer = make(device, **implementation)
     twins, expected = make(device, **implementation)
     for number in range(6):
@@ -146,7 +146,7 @@ def test_nothing_is_lost_where_nothing_was_written(implementation, device):
 
 
 def test_values_are_compared_after_a_write_only(device, monkeypatch):
-    """A usual step compares versions, and a write into one parameter costs no other one."""
+    """A usual step compares only versions. After a write into one parameter, only its values are compared."""
     import fused_lars._masters
 
     compared = []
@@ -166,14 +166,14 @@ def test_values_are_compared_after_a_write_only(device, monkeypatch):
     clamp(params[:1])
     step(optimizer, params, 3)
     assert compared == [params[0].shape]
-    step(optimizer, params[1:], 4)  # the first keeps its gradient
+    step(optimizer, params[1:], 4)  # the first parameter keeps its gradient
     params[0].grad = None
     step(optimizer, params[1:], 5)
     assert compared == [params[0].shape]
 
 
 def test_loaded_weights_are_taken(implementation, device):
-    """After a step, too; and a run that goes on from a checkpoint is the run that was not interrupted."""
+    """Also after a step. A run that goes on from a checkpoint equals the run that was not interrupted."""
     params, optimizer = make(device, **implementation)
     for number in range(3):
         step(optimizer, params, number)
@@ -223,7 +223,7 @@ def test_copies_take_what_was_written(duplicate, device):
 
 
 def test_a_parameter_that_was_fp32_for_a_while(device):
-    """Its master is of before then; what counts is the parameter."""
+    """Its master is from before that time, so the parameter counts."""
     model = nn.Linear(3, 2).to(device, torch.bfloat16)
     params = list(model.parameters())
     optimizer = LARS(params, lr=1.0, trust_coefficient=0.2, master_weights=True)
@@ -239,7 +239,7 @@ def test_a_parameter_that_was_fp32_for_a_while(device):
 
 
 def test_nan_and_signed_zero(device):
-    """What is compared are bits: -0 is a value of its own, and a NaN that was not written stays as it is."""
+    """Bits are compared: -0 differs from 0, and a NaN that was not written stays as it is."""
     old = torch.tensor([1.0001, 0.0, 2.0001, torch.nan, torch.inf, -0.0], device=device)
     param = torch.tensor([1.0, -0.0, torch.nan, 3.0, 4.0, 0.0], dtype=torch.bfloat16, device=device)
     master = old.clone()
@@ -251,7 +251,7 @@ def test_nan_and_signed_zero(device):
 
 
 def test_tensors_of_inference_mode():
-    """They have no version, so their values are compared in every step."""
+    """They have no version, so every step compares their values."""
     with torch.inference_mode():
         p = torch.full((3,), 1.0, dtype=torch.bfloat16)
         optimizer = LARS([p], lr=1.0, layer_adaptation=False, master_weights=True)
@@ -295,7 +295,7 @@ def test_compiled_steps(backend, write):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 def test_replays_of_a_captured_step():
-    """The host code does not run then, so the graph compares."""
+    """A replay runs no host code, so the graph itself compares values."""
     params, optimizer = make("cuda", capturable=True)
     twins, expected = make("cuda")
     for p, twin in zip(params, twins):
@@ -320,7 +320,7 @@ def test_replays_of_a_captured_step():
 @on_ranks(2, 4)
 @pytest.mark.parametrize("through", ["DTensor", "local tensor"])
 def test_sharded_parameters(through):
-    """The norms of the step are of what was written, too."""
+    """The step's norms are also those of what was written."""
     reference, model = nets.make_net(torch.bfloat16), fully_shard(nets.make_net(torch.bfloat16))
     optimizers = [nets.make_optimizer(net, master_weights=True) for net in (reference, model)]
     for x, y in nets.batches(6):
@@ -333,7 +333,7 @@ def test_sharded_parameters(through):
             master, expected = (o.state[t]["master_param"] for o, t in zip(optimizers, (q, p)))
             torch.testing.assert_close(nets.full(expected), master, rtol=1e-5, atol=1e-6)
             with torch.no_grad():
-                # Values that no later step can bring about by itself.
+                # No later step could produce these values by itself.
                 (p if through == "DTensor" else p.to_local()).mul_(1.5)
                 q.mul_(1.5)
 

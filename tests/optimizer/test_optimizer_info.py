@@ -1,4 +1,4 @@
-"""torch's own description of an optimizer under test: an OptimizerInfo, its inputs and its error cases."""
+"""torch's own test description of an optimizer: an OptimizerInfo, its inputs and its error cases."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ torch_tests = pytest.importorskip(
 
 def optim_inputs_func_lars(device, dtype=None):
     of_sgd = torch_tests.optim_inputs_func_sgd(device)
-    # torch's convention, which all of SGD's options belong to, and a trust coefficient of visible steps.
+    # torch's convention, which all options of SGD belong to, and a trust coefficient with visible steps.
     torch_form = dict(classic_momentum=False, trust_coefficient=0.1)
     return [torch_tests.OptimizerInput(None, {**i.kwargs, **torch_form}, i.desc) for i in of_sgd] + [
         torch_tests.OptimizerInput(None, dict(lr=0.1, **kwargs), str(kwargs))
@@ -52,7 +52,7 @@ INFO = torch_tests.OptimizerInfo(
 
 ALL_INPUTS = torch_tests._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, INFO)
 all_inputs = pytest.mark.parametrize("optim_input", ALL_INPUTS, ids=lambda i: i.desc)
-# A step with differentiable=True cannot write leaves; test_differentiable.py has its tests.
+# A step with differentiable=True cannot write leaves. test_differentiable.py tests it.
 inputs = pytest.mark.parametrize(
     "optim_input", [i for i in ALL_INPUTS if not i.kwargs.get("differentiable")], ids=lambda i: i.desc
 )
@@ -66,7 +66,7 @@ def kwargs_of(optim_input, device):
 
 
 def make_problem(device, dtype=torch.float64, strided=False):
-    """A weight and a bias to fit, and the closure's gradients."""
+    """A weight and a bias to fit, and a closure that computes gradients."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(10, 5, 2, generator=generator, dtype=dtype).to(device)
     bias = torch.randn(10, 2, generator=generator, dtype=dtype).to(device)
@@ -103,7 +103,7 @@ def test_error_inputs():
 def test_goes_in_the_right_direction(optim_input, strided, device):
     weight, bias, x = make_problem(device, strided=strided)
     optimizer = LARS([weight, bias], **kwargs_of(optim_input, device))
-    # Maximising minus the loss is minimising it.
+    # Maximising the negative loss minimises the loss.
     closure = closure_of(optimizer, weight, bias, x, optim_input.kwargs.get("maximize", False))
     first = closure()
     for _ in range(10):
@@ -132,7 +132,7 @@ def test_goes_in_the_right_direction_with_schedulers(constructors, lr):
 
 @pytest.mark.parametrize("optim_input", INFO.optim_inputs_func("cpu"), ids=lambda i: i.desc)
 def test_implementations_agree(optim_input, device):
-    """foreach, fused and what fused=None chooses, over some steps, in fp64."""
+    """foreach, fused and the choice of fused=None agree over some steps, in fp64."""
     results = []
     for flags in (dict(fused=False), dict(foreach=True), dict(fused=True), {}):
         if flags.get("fused") and not has_kernels(device):
@@ -150,14 +150,14 @@ def test_implementations_agree(optim_input, device):
 
 @inputs
 def test_state_dict_is_deterministic(optim_input, device):
-    """An optimizer loaded from another's state, in a deep copy of the problem, takes the same steps."""
+    """An optimizer that loads another's state takes the same steps on a deep copy of the problem."""
     weight, bias, x = make_problem(device)
     kwargs = kwargs_of(optim_input, device)
     maximize = kwargs.get("maximize", False)
     optimizer = LARS([weight, bias], **kwargs)
     for _ in range(3):
         optimizer.step(closure_of(optimizer, weight, bias, x, maximize))
-    # Through a file that is read with weights_only, from the CPU.
+    # Through a file that is read with weights_only, on the CPU.
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -193,9 +193,9 @@ def test_an_older_state_dict_loads(optim_input, device):
 
 @inputs
 def test_a_state_dict_with_numbers_for_tensors_loads(optim_input, device):
-    """As test_load_nontensor_step of torch's suite."""
+    """Like test_load_nontensor_step of torch's suite."""
     weight, bias, x = make_problem(device)
-    # The one option that counts steps.
+    # Only dampening counts steps.
     kwargs = kwargs_of(optim_input, device)
     if kwargs.get("momentum") and not kwargs.get("nesterov") and not kwargs.get("classic_momentum", True):
         kwargs["dampening"] = 0.5
@@ -214,7 +214,7 @@ def test_a_state_dict_with_numbers_for_tensors_loads(optim_input, device):
 
 
 def test_fused_on_parameters_on_meta(device):
-    """As test_fused_error_on_params_on_meta of torch's suite."""
+    """Like test_fused_error_on_params_on_meta of torch's suite."""
     if not has_kernels(device):
         pytest.skip("the build has no CUDA kernels")
     with torch.device("meta"):
@@ -235,7 +235,7 @@ def test_fused_on_parameters_on_meta(device):
 
 @pytest.mark.parametrize("option", ["lr", "weight_decay"])
 def test_param_groups(option, device):
-    """A group whose lr is 0 stays; a group with weight decay shrinks more."""
+    """A group with lr 0 stays the same. A group with weight decay shrinks more."""
     weight, bias, x = make_problem(device)
     if option == "lr":
         groups = [{"params": [weight], "lr": 0.0}, {"params": [bias]}]
@@ -280,6 +280,6 @@ def test_lr_as_tensor_and_as_number(device):
             for _ in range(4):
                 optimizer.step(closure_of(optimizer, weight, bias, x))
         results.append(weight)
-    # torch.tensor(0.1) is an fp32 number, 2^-24 of 0.1 away at most.
+    # torch.tensor(0.1) is an fp32 number, at most 2^-24 from 0.1, relatively.
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
     assert torch.equal(results[2], results[0])

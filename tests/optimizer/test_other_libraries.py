@@ -1,4 +1,4 @@
-"""LARS as other libraries have it, reproduced step by step. docs/migration.md has this in words."""
+"""Reproduces the LARS of other libraries, step by step. docs/migration.md describes this in words."""
 
 import copy
 import tempfile
@@ -21,14 +21,14 @@ def make_params(dtype):
 
 
 def set_grads(params, step):
-    """Gradients that do not depend on the parameters, so that a rounding stays the size that it is."""
+    """Gradients do not depend on the parameters, so a rounding error does not grow."""
     generator = torch.Generator().manual_seed(step)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
 
 def train(optimizer, params, steps=range(STEPS)):
-    """Yields the parameters after every step, under an lr that changes."""
+    """Yields the parameters after every step, while lr changes."""
     base = [group["lr"] for group in optimizer.param_groups]
     for step in steps:
         for group, lr in zip(optimizer.param_groups, base):
@@ -41,7 +41,7 @@ def train(optimizer, params, steps=range(STEPS)):
 
 
 def assert_same_steps(ours, params, theirs, their_params, steps=range(STEPS)):
-    # Both are a few hundred roundings a step away from the exact result, of numbers below 10.
+    # Both differ from the exact result by a few hundred roundings a step, of numbers below 10.
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}[params[0].dtype]
     pairs = zip(train(ours, params, steps), train(theirs, their_params, steps), strict=True)
     for step, (got, expected) in enumerate(pairs):
@@ -56,7 +56,7 @@ def assert_same_steps(ours, params, theirs, their_params, steps=range(STEPS)):
 
 
 def split(params, one_dimension):
-    """The parameters that a project leaves out of decay and adaptation, and the others, as two groups."""
+    """Two groups: the parameters that a project excludes from decay and adaptation, and the others."""
     excluded = [p for p in params if p.ndim <= 1]
     return [
         {"params": [p for p in params if p.ndim > 1]},
@@ -84,7 +84,7 @@ def make_timm(params, **options):
 def make_ours_for_timm(
     params, *, always_adapt=False, trust_coeff=0.001, eps=1e-8, trust_clip=False, **options
 ):
-    # Without decay timm does neither adapt nor clip, unless always_adapt says so.
+    # Without decay, timm neither adapts nor clips, unless always_adapt is set.
     plain = {} if always_adapt else dict(layer_adaptation=False, trust_clip=False)
     return LARS(
         split(params, dict(weight_decay=0.0, **plain)),
@@ -126,14 +126,14 @@ def make_ours_for_lightly(params, *, eps=1e-8, **options):
 @pytest.mark.parametrize("options", TORCH_FORM.values(), ids=TORCH_FORM)
 def test_lightly(options, dtype):
     options = dict(lr=0.3, weight_decay=0.05, trust_coefficient=0.2, **options)
-    # A weight of zeros is not decayed there, and has nothing to decay here either.
+    # lightly does not decay a weight of zeros. Here it has nothing to decay either.
     params, their_params = make_params(dtype), make_params(dtype)
     ours, theirs = make_ours_for_lightly(params, **options), make_lightly(their_params, **options)
     assert_same_steps(ours, params, theirs, their_params)
 
 
 def test_lightly_does_not_decay_without_a_gradient():
-    """A weight whose gradient is all zeros: here q is 1 and the weight decays at the full lr."""
+    """If a weight's gradient is all zeros, q is 1 in LARS and the weight decays at the full lr."""
     params, their_params = ([nn.Parameter(torch.ones(2, 2))] for _ in range(2))
     ours, theirs = (
         make_ours_for_lightly(params, lr=0.5, weight_decay=0.1),
@@ -167,13 +167,13 @@ def test_pytorch_optimizer(options, maximize, foreach, dtype):
     options["maximize"] = maximize
     params, their_params = make_params(dtype), make_params(dtype)
     ours = make_ours_for_pytorch_optimizer(params, **options)
-    # Its groups are made by dimension inside.
+    # It makes its groups by dimension inside.
     theirs = make_pytorch_optimizer(their_params, foreach=foreach, **options)
     assert_same_steps(ours, params, theirs, their_params)
 
 
 def test_pytorch_optimizer_damps_the_first_step():
-    """What torch leaves undamped; a step count that starts at 1 does the same here."""
+    """torch leaves the first step undamped. A step count that starts at 1 damps it here too."""
     options = dict(lr=0.1, trust_coefficient=0.2, momentum=0.9, dampening=0.3)
     params, their_params = make_params(torch.float64), make_params(torch.float64)
     ours = make_ours_for_pytorch_optimizer(params, **options)
@@ -183,7 +183,7 @@ def test_pytorch_optimizer_damps_the_first_step():
 
 
 def test_pytorch_optimizer_adapts_a_zero_gradient():
-    """There q is trust_coefficient / weight_decay, here 1."""
+    """There q is trust_coefficient / weight_decay, which is 1 here."""
     params, their_params = ([nn.Parameter(torch.ones(2, 2))] for _ in range(2))
     options = dict(lr=0.5, weight_decay=0.1, trust_coefficient=0.2, momentum=0.0)
     ours, theirs = LARS(params, **options), make_pytorch_optimizer(their_params, **options)
@@ -210,7 +210,7 @@ def test_sgd_is_lars_without_adaptation(options, maximize, sgd, dtype):
 
 @pytest.mark.parametrize("options", ["momentum", "nesterov", "no momentum"])
 def test_classic_momentum_is_sgd_at_a_constant_lr(options):
-    """The buffer is lr times torch's; they part when lr changes."""
+    """The buffer is lr times torch's. They differ once lr changes."""
     options = dict(lr=0.05, weight_decay=0.1, **TORCH_FORM[options])
     params, their_params = make_params(torch.float64), make_params(torch.float64)
     ours, theirs = LARS(params, layer_adaptation=False, **options), torch.optim.SGD(their_params, **options)
@@ -232,9 +232,9 @@ def test_classic_momentum_is_sgd_at_a_constant_lr(options):
 @pytest.mark.parametrize("clip", [False, True], ids=["torchlars, LARC without clip", "LARC with clip"])
 @pytest.mark.parametrize("options", TORCH_FORM.values(), ids=TORCH_FORM)
 def test_wrappers_of_sgd(options, clip):
-    """They scale the decayed gradient in place and let the wrapped SGD step without decay."""
+    """They scale the decayed gradient in place, and the wrapped SGD steps without decay."""
     lr, weight_decay, trust_coefficient, eps = 0.3, 0.05, 0.2, 1e-8
-    # Without the zero weights: there torchlars takes q = 1, and LARC leaves out the decay.
+    # Without the zero weights: torchlars takes q = 1 for them, and LARC leaves out their decay.
     params, their_params = make_params(torch.float64)[:5], make_params(torch.float64)[:5]
     ours = LARS(
         params,
@@ -267,8 +267,11 @@ def test_wrappers_of_sgd(options, clip):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("skipped_decay", [0.0, 0.05], ids=["MLPerf", "apex"])
 def test_classic_form(skipped_decay, nesterov, eps):
-    """Their formula: the buffer has the other sign and is added. What is skipped is not adapted, nor, in
-    MLPerf's reference, decayed; apex decays it unless its group says otherwise."""
+    """Their formula: the buffer has the opposite sign and is added.
+
+    Skipped parameters are not adapted. MLPerf's reference does not decay them either. apex decays them,
+    unless their group says otherwise.
+    """
     eeta, momentum, weight_decay = 0.2, 0.9, 0.05
     params, weights = make_params(torch.float64), make_params(torch.float64)
     ours = LARS(
@@ -305,7 +308,7 @@ def test_classic_form(skipped_decay, nesterov, eps):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_optax(momentum, nesterov, weight_decay):
-    """It takes the norm of the decayed gradient."""
+    """optax takes the norm of the decayed gradient."""
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     jax.config.update("jax_enable_x64", True)
@@ -352,7 +355,7 @@ def make_net():
         nn.LayerNorm(4),
         nn.Linear(4, 2),
     ).double()
-    # No parameter of zeros: lightly does not decay those, timm does.
+    # No parameter may be zero, because lightly does not decay zeros, but timm does.
     for p in net.parameters():
         p.data.add_(0.1)
     return net
@@ -370,9 +373,9 @@ def groups_of_lightly(net):
 
 
 def groups_of_trainer(net):
-    """Those that Hugging Face's Trainer hands to an optimizer's class."""
+    """The groups that Hugging Face's Trainer passes to an optimizer's class."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")  # which Trainer needs
+    pytest.importorskip("accelerate")  # Trainer needs it
 
     class Optimizer(torch.optim.SGD):
         def __init__(self, groups, **options):
@@ -393,7 +396,7 @@ factories = pytest.mark.parametrize("make_groups", FACTORIES.values(), ids=FACTO
 @pytest.mark.parametrize("implementation", [{}, dict(foreach=True)], ids=str)
 @pytest.mark.parametrize("peer", ["timm", "timm, always_adapt", "timm, trust_clip", "lightly"])
 def test_another_libraries_groups(peer, make_groups, implementation):
-    """layer_adaptation="decayed" makes a swap of the optimizer's class the whole change."""
+    """With layer_adaptation="decayed", only the optimizer's class has to be replaced."""
     net, their_net = make_net(), make_net()
     options = dict(lr=0.3, momentum=0.9, weight_decay=0.05, eps=1e-8)
     more = {"timm, trust_clip": dict(trust_clip=True)}.get(peer, {})
@@ -441,7 +444,7 @@ PEERS = {
 
 @pytest.mark.parametrize(("make_theirs", "make_ours", "options"), PEERS.values(), ids=PEERS)
 def test_a_run_changes_over_in_the_middle(make_theirs, make_ours, options):
-    """Their momentum buffers, in our groups: docs/migration.md's recipe."""
+    """Loads their momentum buffers into our groups, by the recipe of docs/migration.md."""
     options = dict(options, lr=0.1, weight_decay=0.05)
     their_params = make_params(torch.float64)
     theirs = make_theirs(their_params, **options)

@@ -1,4 +1,4 @@
-"""param_groups on models of every build: each parameter once, with its name, in the right group."""
+"""param_groups on models of every kind: each parameter once, with its name, in the right group."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def names(group):
 
 
 def check_complete(model, groups):
-    """Two groups that hold every parameter once under the name that the model has for it."""
+    """Checks that two groups hold every parameter once, under its name in the model."""
     assert [set(group) for group in groups] == [
         {"params", "weight_decay"},
         {"params", "weight_decay", "layer_adaptation"},
@@ -38,7 +38,7 @@ def test_resnet():
 
 
 def test_transformer():
-    """in_proj_bias is no module's "bias"; in_proj_weight is a weight."""
+    """in_proj_bias is not named "bias" in any module. in_proj_weight is a weight."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
     groups = param_groups(model)
     check_complete(model, groups)
@@ -54,7 +54,7 @@ def test_transformer():
 
 
 def test_attention_with_extra_biases():
-    """bias_k and bias_v have three dimensions and are biases still."""
+    """bias_k and bias_v have three dimensions but are biases."""
     groups = param_groups(nn.MultiheadAttention(8, 2, add_bias_kv=True, kdim=4, vdim=4))
     assert {"bias_k", "bias_v", "in_proj_bias", "out_proj.bias"} == names(groups[1])
     assert {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"} == names(groups[0])
@@ -72,7 +72,7 @@ def test_vision_transformer():
 
 
 def test_recurrent_layers():
-    """bias_ih_l0 and its kin."""
+    """bias_ih_l0 and similar names."""
     groups = param_groups(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2))
     assert all("weight" in name for name in names(groups[0]))
     assert len(names(groups[0])) == 12
@@ -116,7 +116,7 @@ def test_a_subclass_of_a_norm():
 
 
 def test_tied_weights():
-    """One parameter in one group, under its first name, as named_parameters() has it."""
+    """One parameter in one group, under its first name in named_parameters()."""
     model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
     model["head"].weight = model["embed"].weight
     groups = param_groups(model, weight_decay=0.1)
@@ -138,7 +138,7 @@ def test_parameters_of_the_model_itself():
 
 
 def test_frozen_parameters_are_listed():
-    """They have no gradient, so a step passes over them; unfreezing needs no new optimizer."""
+    """They have no gradient, so a step skips them. Unfreezing needs no new optimizer."""
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
     check_complete(model, param_groups(model))
@@ -153,7 +153,7 @@ def test_exclude():
 
 
 def test_training_with_groups():
-    """Weights are adapted and decayed; the others take plain steps."""
+    """Weights are adapted and decayed. The others take plain steps."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     optimizer = LARS(param_groups(model, weight_decay=0.1), lr=0.5, trust_coefficient=0.01)
     assert [group["layer_adaptation"] for group in optimizer.param_groups] == [True, False]
@@ -172,7 +172,7 @@ def test_training_with_groups():
 
 
 def test_a_model_without_one_of_the_groups():
-    """An empty group beside one with names."""
+    """An empty group is allowed beside one with names."""
     for model, empty in ((nn.Linear(3, 2, bias=False), 1), (nn.LayerNorm(3), 0)):
         groups = param_groups(model, weight_decay=0.1)
         assert groups[empty]["params"] == []
@@ -218,7 +218,7 @@ class LayerScale(nn.Module):
 
 
 def test_vectors_of_any_kind():
-    """LayerScale, PReLU and gains are no norms and no biases, and are left out all the same."""
+    """LayerScale, PReLU and gains are neither norms nor biases, but they are excluded too."""
 
     class Mixer(nn.Module):
         def __init__(self):
@@ -233,7 +233,7 @@ def test_vectors_of_any_kind():
 
 
 def test_a_layer_scale_grows():
-    """It starts at 1e-6; a step in proportion to its norm would leave it there."""
+    """It starts at 1e-6. A step in proportion to its norm would leave it there."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), LayerScale(4))
     optimizer = LARS(param_groups(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
@@ -256,12 +256,12 @@ def test_vectors_of_models():
 
 
 def test_lazy_parameters():
-    """They have no shape yet, so their dimensions say nothing."""
+    """They have no shape yet, so their dimensions tell nothing."""
     groups = param_groups(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.LazyConv2d(2, 3)))
     assert names(groups[0]) == {"0.weight", "2.weight"}
 
 
-# ---------------------------------------------------------------- models that are no Python modules any more
+# ---------------------------------------------------------------- models that are no longer Python modules
 
 
 class Block(nn.Module):
@@ -287,7 +287,7 @@ def jit_models(path):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_models_of_torch_jit(tmp_path):
-    """A multi-dimensional norm is known by the name of its class, which is what is left of it."""
+    """A multi-dimensional norm is known by the name of its class, the only thing that remains of it."""
     for kind, model in jit_models(tmp_path / "model.pt"):
         groups = param_groups(model, weight_decay=0.1)
         check_complete(model, groups)
@@ -303,7 +303,7 @@ def graph_models():
 
 
 def test_models_of_torch_export():
-    """Nothing says what their modules were, so the caller has to."""
+    """Nothing tells what their modules were, so the caller has to."""
     for model in graph_models():
         with pytest.raises(ValueError, match=r"parameter 'norm\.weight' of shape \(3, 4\) .* pass exclude"):
             param_groups(model)
@@ -315,7 +315,7 @@ def test_models_of_torch_export():
 
 
 def test_models_of_torch_fx():
-    """Modules that tracing leaves whole keep their types; what was traced through does not."""
+    """Modules that tracing keeps whole keep their types. Modules that it traces through do not."""
     groups = param_groups(torch.fx.symbolic_trace(Block()))
     assert names(groups[0]) == {"conv.weight"}
     assert "norm.weight" in names(groups[1])
@@ -345,7 +345,7 @@ def test_compiled_models():
 
 def test_several_models():
     backbone, head = Block(), nn.Linear(4, 2)
-    head.extra = backbone.conv.weight  # shared between the two
+    head.extra = backbone.conv.weight  # both models share this weight
     for models in ([backbone, head], (m for m in (backbone, head))):
         groups = param_groups(models, weight_decay=0.1)
         check_complete(nn.ModuleList([backbone, head]), groups)

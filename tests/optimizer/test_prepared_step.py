@@ -1,4 +1,4 @@
-"""A step that is prepared in C++ has the bits of one that is gathered anew, whatever changed before it."""
+"""A step prepared in C++ has the bits of a step that is gathered again, whatever changed before it."""
 
 import copy
 
@@ -11,7 +11,7 @@ from stepping import same_bits
 
 
 def make(device, **options):
-    """Two groups; the last parameter has no gradient."""
+    """An optimizer with two groups. The last parameter has no gradient."""
     generator = torch.Generator().manual_seed(0)
     params = [
         torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
@@ -145,7 +145,7 @@ def tensors_of(optimizer) -> list[torch.Tensor]:
 
 
 def run(optimizer, change, is_prepared: bool) -> list[torch.Tensor]:
-    """Three steps, the change, three more."""
+    """Three steps, the change, and three more steps."""
     for step in range(6):
         set_grads(optimizer, step)
         if step == 3:
@@ -204,7 +204,7 @@ def test_a_bad_gradient_has_the_error_of_any_step(device):
 
 
 def test_gradients_that_come_and_go_are_not_prepared(device):
-    """What is prepared for one step only would cost more than it saves."""
+    """Preparing for one step only would cost more than it saves."""
     optimizer = make(device)
     for step in range(6):
         set_grads(optimizer, step)
@@ -215,7 +215,7 @@ def test_gradients_that_come_and_go_are_not_prepared(device):
 
 
 def test_an_option_that_is_changed_in_place_counts(device):
-    """A tensor in the place of a number, which the constructor refuses, is read in every step."""
+    """Every step reads an option that is a tensor, which the constructor would refuse."""
     results = []
     for is_prepared in (True, False):
         optimizer = make(device)

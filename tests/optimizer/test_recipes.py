@@ -1,6 +1,6 @@
-"""The LARS of published training recipes, by their formulas in fp64, step by step and taken over half-way.
+"""The LARS of published training recipes, by their fp64 formulas: step by step, and taken over half-way.
 
-docs/migration.md has a row for each. The formulas are those of the projects' own optimizers, written anew.
+docs/migration.md has a row for each. The formulas are those of the projects' own optimizers, rewritten here.
 """
 
 import copy
@@ -17,7 +17,7 @@ SHAPES = [(5, 3), (2, 3, 2, 2), (7,), (1, 4), (6,), (3, 2)]
 
 
 def make_params():
-    """Weights and biases; the last of each start at zero."""
+    """Weights and biases. The last of each starts at zero."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=F64)) for shape in SHAPES]
     with torch.no_grad():
@@ -27,7 +27,7 @@ def make_params():
 
 
 def set_grads(params, step, zeros=True):
-    """Gradients that do not depend on the parameters; now and then a whole one is zero."""
+    """Gradients do not depend on the parameters. Now and then a whole gradient is zero."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
         p.grad = torch.randn(p.shape, generator=generator, dtype=F64)
@@ -40,7 +40,7 @@ def rate(step: int) -> float:
 
 
 class Theirs(torch.optim.Optimizer):
-    """What all have in common: parameters in one group, momentum under `key`, a formula in direction()."""
+    """The common part: parameters in one group, momentum under `key`, a formula in direction()."""
 
     key = "mu"
 
@@ -63,7 +63,7 @@ class Theirs(torch.optim.Optimizer):
 class Decayed(Theirs):
     """BYOL, Barlow Twins, VICReg, DINO, MoCo v3, MAE: decay first, then the norm of the sum.
 
-    `excluded` has what is left out of both: one-dimensional parameters, by the filters or always.
+    `excluded` holds the parameters without both: one-dimensional ones, by the filters or always.
     """
 
     def direction(self, p, group):
@@ -76,7 +76,7 @@ class Decayed(Theirs):
 
 
 class DecayedOnly(Decayed):
-    """With weight_decay_filter alone: one-dimensional parameters are not decayed, but adapted."""
+    """With weight_decay_filter only: one-dimensional parameters are adapted but not decayed."""
 
     def direction(self, p, group):
         decay = 0.0 if p.ndim == 1 else group["weight_decay"]
@@ -84,7 +84,7 @@ class DecayedOnly(Decayed):
 
 
 class SoloLearn(Theirs):
-    """Both norms added, as in the paper. Without a norm the parameter is not decayed."""
+    """Both norms are added, as in the paper. If a norm is 0, the parameter is not decayed."""
 
     key = "momentum_buffer"
 
@@ -99,7 +99,7 @@ class SoloLearn(Theirs):
 
 
 class SimCLR(Theirs):
-    """The TensorFlow one: lr inside the momentum, norms after the decay."""
+    """The TensorFlow version: lr inside the momentum, norms after the decay."""
 
     key = "Momentum"
 
@@ -118,7 +118,7 @@ class SimCLR(Theirs):
 
 
 def groups_of(params, **one_dimension):
-    """Weights, and one-dimensional parameters, which most recipes leave out of decay and adaptation."""
+    """Weights, and one-dimensional parameters, which most recipes exclude from decay and adaptation."""
     return [
         {"params": [p for p in params if p.ndim != 1]},
         {"params": [p for p in params if p.ndim == 1], **one_dimension},
@@ -130,7 +130,7 @@ OURS = {"momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.2, "classi
 DECAYED = {**OURS, "decayed_norm": True}
 THEIRS = {"weight_decay": 0.05, "eta": 0.2}
 
-# A name, what they make of parameters in one group, and what reproduces it here.
+# By name: what makes their optimizer for parameters in one group, and what reproduces it here.
 RECIPES = {
     "Barlow Twins, VICReg: both filters; DINO, MoCo v3, MAE, BYOL": (
         lambda params: Decayed(params, 0.3, excluded=True, **THEIRS),
@@ -176,7 +176,7 @@ RECIPES = {
 
 
 def steps(optimizer, params, which, zeros):
-    """Yields the parameters after every step, under a learning rate that changes."""
+    """Yields the parameters after every step, while the learning rate changes."""
     base = [group["lr"] for group in optimizer.param_groups]
     for step in which:
         for group, lr in zip(optimizer.param_groups, base):
@@ -196,7 +196,7 @@ def assert_same_steps(ours, params, theirs, their_params, which, zeros):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13, msg=f"step {step}, parameter {i}")
 
 
-# solo-learn does not decay where the gradient is zero, ours does.
+# solo-learn does not decay if the gradient is zero. LARS does.
 def has_zero_gradients(name: str) -> bool:
     return not name.startswith("solo-learn")
 
@@ -215,7 +215,7 @@ def test_recipe(name, implementation):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("SimCLR")])
 def test_a_run_taken_over_half_way(name):
-    """Their checkpoint, with all parameters in another order than ours."""
+    """Converts their checkpoint, which has all parameters in another order."""
     make_theirs, make_ours = RECIPES[name]
     zeros = has_zero_gradients(name)
     their_params = make_params()
@@ -240,7 +240,7 @@ def run_of(params, lr, classic_momentum, **options):
 
 @pytest.mark.parametrize(("source", "classic_momentum"), [("sgd", True), ("apex", False), ("apex", True)])
 def test_between_momentum_conventions(source, classic_momentum):
-    """At a constant rate both are one run. apex's buffers have the other sign."""
+    """At a constant rate both are the same run. apex's buffers have the opposite sign."""
     is_classic = source == "apex"
     before = make_params()
     saved = run_of(before, 0.3, is_classic)
@@ -248,7 +248,7 @@ def test_between_momentum_conventions(source, classic_momentum):
         set_grads(before, step)
         saved.step()
     state_dict = copy.deepcopy(saved.state_dict())
-    del state_dict["param_groups"][0]["classic_momentum"]  # of LARS alone
+    del state_dict["param_groups"][0]["classic_momentum"]  # only LARS has it
     if source == "apex":
         for values in state_dict["state"].values():
             values["momentum_buffer"] = -values["momentum_buffer"]
@@ -325,7 +325,7 @@ def test_what_cannot_be_converted_is_said():
 
 
 def test_buffers_of_half_precision_keep_their_digits():
-    """Multiplied by the learning rate in fp32, where the optimizer keeps them in fp32."""
+    """They are multiplied by the learning rate in fp32 if the optimizer keeps them in fp32."""
     param = nn.Parameter(torch.ones(100, dtype=torch.float16))
     sgd = torch.optim.SGD([param], lr=0.001, momentum=0.9)
     param.grad = torch.linspace(1e-4, 2e-4, 100).half()

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is loaded bit for bit; how a process computes stays its own business."""
+"""Checkpoints load bit for bit. How a process computes is not part of them."""
 
 import copy
 import io
@@ -71,12 +71,12 @@ def test_resumed_run_is_the_uninterrupted_one(options, dtype, implementation, de
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 def test_fp32_state_of_half_parameters_stays_fp32(dtype, device):
-    """The base class casts floating-point state to the parameter's dtype; a master would lose 16 bits."""
+    """The base class casts floating-point state to the parameter's dtype. A master would lose 16 bits."""
     params = make_params(device, dtype)
     optimizer = LARS(params, lr=0.5, momentum=0.9, master_weights=True)
     train(optimizer, params, range(3))
     state = optimizer.state[params[0]]
-    # What the cast would lose is there to be lost.
+    # There are bits that the cast would lose.
     assert not torch.equal(state["master_param"], state["master_param"].to(dtype).float())
     assert not torch.equal(state["momentum_buffer"], state["momentum_buffer"].to(dtype).float())
     loaded = LARS(params, lr=0.5, momentum=0.9, master_weights=True)
@@ -88,7 +88,7 @@ def test_fp32_state_of_half_parameters_stays_fp32(dtype, device):
 
 
 def test_map_location(device):
-    """A checkpoint that was loaded on the CPU resumes on the parameters' device, with master and buffer."""
+    """A checkpoint loaded on the CPU resumes on the parameters' device, with master and buffer."""
     params = make_params(device, BF16)
     options = dict(lr=torch.tensor(0.5, device=device), momentum=0.9, master_weights=True)
     optimizer = LARS(params, **options)
@@ -115,7 +115,7 @@ def test_saved_flags_do_not_choose_the_implementation(device):
         True,
         False,
     )
-    assert (group["lr"], group["momentum"]) == (0.5, 0.9)  # these are the saved run's
+    assert (group["lr"], group["momentum"]) == (0.5, 0.9)  # these come from the saved run
     train(loaded, params, range(1))
 
 
@@ -136,7 +136,7 @@ def test_checkpoint_of_an_older_version_lacks_options(device):
 
 
 def test_state_dict_format(device):
-    """{'state': {id: tensors}, 'param_groups': [...]}, ids by position; only tensors, numbers and flags."""
+    """{'state': {id: tensors}, 'param_groups': [...]} with ids by position, tensors, numbers and flags."""
     params = make_params(device, BF16)
     optimizer = LARS([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}], lr=0.5, momentum=0.9)
     assert optimizer.state_dict()["state"] == {}
@@ -155,7 +155,7 @@ def _bytes(obj) -> bytes:
 
 
 def test_state_in_another_layout_is_stepped_right(device, generator):
-    """A buffer saved contiguous goes on under a parameter that is channels_last now."""
+    """A contiguous saved buffer goes on under a parameter that is now channels_last."""
     x = torch.randn(2, 3, 4, 5, generator=generator).to(device)
     params = [nn.Parameter(x.clone())], [nn.Parameter(x.clone(memory_format=torch.channels_last))]
     runs = [LARS(p, lr=0.5, momentum=0.9, layer_adaptation=False) for p in params]
@@ -242,7 +242,7 @@ def test_copied_lr_tensor_is_its_own():
 
 
 def test_fp32_state_of_another_dtype_than_half_is_converted():
-    """As torch does: a run that goes on in fp64 keeps nothing in fp32."""
+    """As in torch: a run that goes on in fp64 keeps nothing in fp32."""
     single, double = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     saved, optimizer = LARS([single], momentum=0.9), LARS([double])
     train(saved, [single], range(1))
@@ -265,7 +265,7 @@ def test_masters_for_a_state_without_get_an_fp32_buffer():
 
 
 def test_dampening_of_a_buffer_that_is_there_already():
-    """As in torch's SGD, whose first update alone is not damped, also where dampening came later."""
+    """As in torch's SGD, only the first update is not damped, also if dampening came later."""
     params = [torch.nn.Parameter(torch.linspace(-1, 2, 9, dtype=torch.float64)) for _ in range(2)]
     optimizers = [
         LARS([params[0]], lr=0.1, momentum=0.9, layer_adaptation=False, classic_momentum=False),
@@ -282,7 +282,7 @@ def test_dampening_of_a_buffer_that_is_there_already():
 
 @pytest.mark.parametrize("number", [float, int, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int64)])
 def test_a_step_that_is_a_number_loads(number, device):
-    """As in test_load_nontensor_step of torch's suite: older states, and states that came through JSON."""
+    """Like test_load_nontensor_step of torch's suite: older states, and states from JSON."""
     runs = []
     for _ in range(2):
         params = make_params(device)
@@ -303,7 +303,7 @@ def test_a_step_that_is_a_number_loads(number, device):
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 @pytest.mark.parametrize("how", ["loaded", "set"])
 def test_a_momentum_buffer_that_is_none(how, momentum):
-    """As torch's SGD of some versions saves without momentum: no buffer yet, so the next step is a first."""
+    """Some versions of torch's SGD save it without momentum. No buffer: the next step is a first."""
     params = [[nn.Parameter(torch.linspace(-1, 2, 9, dtype=torch.float64))] for _ in range(2)]
     options = dict(lr=0.1, momentum=momentum, dampening=0.5 if momentum else 0.0)
     ours = LARS(params[0], layer_adaptation=False, classic_momentum=False, **options)
@@ -334,7 +334,7 @@ def test_a_master_that_is_none():
 
 @pytest.mark.parametrize("now", [False, True])
 def test_a_run_from_before_decayed_norm_goes_on_without_it(now):
-    """Whatever the optimizer is made with now; by state_dict and by pickle."""
+    """Whatever option the optimizer is made with now, by state_dict and by pickle."""
     params = make_params("cpu")
     optimizer = LARS([{"params": params[:1]}, {"params": params[1:], "decayed_norm": now}], decayed_norm=now)
     state = optimizer.state_dict()

@@ -1,4 +1,4 @@
-"""torch's schedulers drive LARS: every step uses the lr (and momentum) that the group shows."""
+"""torch's schedulers drive LARS. Every step uses the lr (and momentum) that the group shows."""
 
 import copy
 
@@ -72,7 +72,7 @@ def test_schedule(scheduler, implementation, lr, classic_momentum, device):
     if torch_versions.SCHEDULERS_KEEP_LR_TENSORS:
         assert isinstance(lr, float) or group["lr"] is lr
     assert len(set(lrs)) > 2
-    # Twelve steps in fp64, each with errors of some 2^-53 of numbers below 10.
+    # Twelve fp64 steps, each with errors of about 2^-53 of numbers below 10.
     torch.testing.assert_close(param.detach().cpu(), torch.from_numpy(weight), rtol=1e-12, atol=1e-12)
 
 
@@ -90,7 +90,7 @@ def test_reduce_on_plateau():
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_lr_tensor_written_in_place_is_read_at_the_next_step(implementation, device):
-    """The value is never cached, whether the tensor is on the parameters' device or on the CPU."""
+    """The value is never cached, on the parameters' device or on the CPU."""
     for where in {device, "cpu"}:
         param = nn.Parameter(torch.ones(4, device=device))
         lr = torch.tensor(0.5, device=where)
@@ -115,7 +115,7 @@ def test_lr_tensor_of_any_floating_dtype(dtype, shape, device):
 
 
 def test_scheduler_state_resumes(device):
-    """Optimizer and scheduler saved and loaded in the middle of a schedule go on as if nothing had been."""
+    """Optimizer and scheduler, saved and loaded during a schedule, go on as if nothing had happened."""
 
     def make():
         param = nn.Parameter(torch.linspace(1, 2, 30, device=device))

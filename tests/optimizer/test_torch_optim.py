@@ -85,7 +85,7 @@ def test_step_hooks():
 
 
 def test_state_dict_hooks():
-    """They see what they would see of any optimizer: the dict to load as it is, then the loaded optimizer."""
+    """They see the same as with any optimizer: the dict to load unchanged, then the loaded optimizer."""
     model = make_model(dtype=torch.bfloat16)
     optimizer = LARS(model.parameters(), lr=0.5, momentum=0.9, master_weights=True)
     backward(model)
@@ -117,7 +117,7 @@ def test_state_dict_hooks():
     optimizer.load_state_dict(state_dict)
     assert calls == ["save", "saved", ("load", "kept"), ("loaded", torch.float32, None)]
     assert optimizer.param_groups[0]["lr"] == 0.25
-    # Loading leaves no hook of its own behind.
+    # Loading leaves no hook behind.
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
     assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
 
@@ -206,7 +206,7 @@ def test_dcp_round_trip(options, implementation):
 
 
 def test_swap_in_params_and_state(implementation):
-    """A step on swapped-in tensors is a step, and the live optimizer has not noticed."""
+    """A step on swapped-in tensors works, and does not change the live optimizer."""
     if not hasattr(torch.optim, "swap_in_optimizer_params_and_state"):
         pytest.skip("needs torch 2.14")
     model, twin = make_model(), make_model()
@@ -246,7 +246,7 @@ def test_apply_optimizer_in_backward(implementation):
 
 
 def test_step_in_a_post_accumulate_grad_hook(implementation):
-    """The public form of the optimizer in backward."""
+    """This is the public way to step an optimizer in backward."""
     model, expected = make_model(), make_model()
     optimizers = {p: LARS([p], lr=0.5, momentum=0.9, **implementation) for p in model.parameters()}
 
@@ -285,7 +285,7 @@ def test_averaged_model(average, implementation):
 
 
 def dict_of(optimizer):
-    """As Lightning's wrapper did for years: another object with the attributes that there were."""
+    """As Lightning's wrapper did for years: another object with the attributes of that moment."""
     wrapper = LARS.__new__(LARS)
     wrapper.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
     return wrapper
@@ -297,7 +297,7 @@ def lightning(optimizer):
 
 
 def accelerate(optimizer):
-    """AcceleratedOptimizer shows no attributes of what it wraps."""
+    """AcceleratedOptimizer does not show the attributes of the optimizer inside."""
     module = pytest.importorskip("accelerate")
     module.Accelerator(cpu=True)
     return module.optimizer.AcceleratedOptimizer(optimizer).optimizer
@@ -306,7 +306,7 @@ def accelerate(optimizer):
 @pytest.mark.parametrize("wrap", [copy.copy, dict_of, lightning, accelerate], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("stepped", [False, True])
 def test_trust_ratios_through_a_wrapper(wrap, stepped):
-    """Whether it is made before or after the first step, it shows the last step's."""
+    """It shows the last step's ratios, whether it is made before or after the first step."""
     model = make_model()
     optimizer = LARS(model.parameters(), lr=0.5, momentum=0.9)
     if stepped:
@@ -340,7 +340,7 @@ class Classifier(nn.Sequential):
 
 
 def test_hugging_face_trainer(tmp_path):
-    """It wraps the optimizer, schedules it, saves it and goes on from there."""
+    """It wraps the optimizer, schedules it, saves it and resumes."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     data = [{"x": torch.randn(4), "labels": torch.tensor(i % 2)} for i in range(16)]
@@ -370,7 +370,7 @@ def test_hugging_face_trainer(tmp_path):
 
 
 def test_inference_mode_parameters():
-    """Tensors made in inference mode have no version to bump."""
+    """Tensors made in inference mode have no version to increase."""
     with torch.inference_mode():
         param, grad = torch.ones(3), torch.ones(3)
         optimizer = LARS([param], lr=1.0, trust_coefficient=0.5)

@@ -30,7 +30,7 @@ LR = [0.5, 0.25]
 
 @functools.cache
 def inductor_runs_on(device: str) -> bool:
-    """On a GPU it needs Triton and a driver that loads what Triton compiles."""
+    """On a GPU, Inductor needs Triton, and a driver that loads what Triton compiles."""
     try:
         torch.compile(torch.sin, backend="inductor")(torch.ones(2, device=device))
     except Exception:
@@ -46,7 +46,7 @@ def backend(request, device) -> str:
 
 
 def step_arguments(device, requires_grad=False):
-    """Two groups of a step: an fp32 and a bf16 parameter with all kinds of state, and one without any."""
+    """Two groups of a step: an fp32 and a bf16 parameter with every kind of state, and one with none."""
 
     def tensor(*shape, dtype=torch.float32):
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -69,7 +69,7 @@ def optional_arguments(device):
         "found_inf": torch.tensor(0.0, device=device),
         "trust_ratios": torch.zeros(3, dtype=torch.float64, device=device),
         "layer_norms": torch.zeros(3, 2, dtype=torch.float64, device=device),
-        # Large enough: a program that is traced cannot see its own scratch resized.
+        # It is large enough, because a traced program cannot see its own scratch resized.
         "workspace": torch.zeros(4096, dtype=torch.int32, device=device),
     }
 
@@ -81,7 +81,7 @@ def every_op(device):
         yield op.default, step_arguments(device), {"lr": LR, **OPTIONS}
         yield op.default, step_arguments(device), {"lr": LR, **OPTIONS, **optional_arguments(device)}
         yield op.tensor_lr, step_arguments(device), {"lr": lr_tensors, **OPTIONS}
-    # The reference is seen through by autograd, which does not let a leaf change in place.
+    # Autograd follows the reference, and does not allow a leaf to change in place.
     yield OPS.step_.default, step_arguments(device, requires_grad=True), {"lr": LR, **OPTIONS}
     params, grads, *_ = step_arguments(device)
     yield OPS.squared_norms.default, (params, grads), {}
@@ -101,7 +101,7 @@ def test_opcheck(device):
         torch.library.opcheck(op, args, kwargs)
         checked.add(op.name())
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_lars::")}
-    # config takes nothing and returns what the build is; there is nothing to trace.
+    # config takes nothing and returns the build's description, so there is nothing to trace.
     assert checked == registered - {"fused_lars::config"}
 
 
@@ -155,7 +155,7 @@ def test_a_step_exports(device, strict):
     for program in programs.values():
         got, module = arguments(), program.module()
         module(*got)
-        got[-1][0].fill_(0.125)  # lr is an input of the program, no constant in it
+        got[-1][0].fill_(0.125)  # lr is an input of the program, not a constant
         module(*got)
         assert_same([t for list_ in got for t in list_], [t for list_ in expected for t in list_])
 
@@ -192,7 +192,7 @@ def test_a_whole_training_step_compiles(device, backend):
         torch.compile(make_step(compiled_model, compiled_optimizer), backend=backend),
     )
     for x, y in batches(device):
-        # Inductor's own kernels for the model may round differently; the step of equal gradients may not.
+        # Inductor's own kernels for the model may round differently. With equal gradients the step may not.
         torch.testing.assert_close(compiled(x, y), eager(x, y), rtol=1e-5, atol=1e-6)
     for p, q in zip(model.parameters(), compiled_model.parameters()):
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
@@ -217,16 +217,16 @@ def test_a_compiled_optimizer_gives_the_eager_bits(device, backend, options):
         for o in (optimizer, compiled_optimizer):
             o.zero_grad()
             for group in o.param_groups:
-                group["lr"] *= 0.5  # a schedule, in place where lr is a tensor
+                group["lr"] *= 0.5  # a schedule, in place if lr is a tensor
         for p, q in zip(model.parameters(), compiled_model.parameters()):
             if options.get("foreach") and backend == "inductor":
-                torch.testing.assert_close(p, q)  # kernels of inductor's own
+                torch.testing.assert_close(p, q)  # Inductor has kernels of its own
             else:
                 assert torch.equal(p, q)
 
 
 class Counter:
-    """A backend that counts the graphs it is given."""
+    """A backend that counts the graphs that it gets."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -236,11 +236,11 @@ class Counter:
         return graph.forward
 
 
-# Once a number but lr has changed, a step of ordinary operators is no longer traced.
+# Once a number other than lr has changed, a step of ordinary operators is no longer traced.
 @pytest.mark.parametrize("changes", [["lr"], ["lr", "momentum"]], ids=str)
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_schedule_does_not_compile_anew_in_every_step(device, implementation, changes):
-    """At most as often as for torch's SGD, whose learning rate is a float too."""
+    """At most as often as torch's SGD, whose learning rate is a float too."""
     graphs, results = {}, []
     for optimizer_class, compiled in ((LARS, True), (LARS, False), (torch.optim.SGD, True)):
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""fused_lars::LARS, the optimizer of the C++ front end, gives the bits of fused_lars.LARS."""
+"""fused_lars::LARS, the optimizer of the C++ front end, gives the same bits as fused_lars.LARS."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MOMENTUM = {"lr": 0.7, "momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 0.02}
 TORCH_FORM = {**MOMENTUM, "classic_momentum": False}
 
-# Options of two groups that share the parameters of a case between them.
+# Options of two groups. Each group has half of a case's parameters.
 CASES = {
     "defaults": ({}, {}),
     "weights_and_bias": (MOMENTUM, {**MOMENTUM, "weight_decay": 0.0, "layer_adaptation": False}),

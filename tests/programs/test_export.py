@@ -1,4 +1,4 @@
-"""Training without Python by torch.export: AOTInductor compiles loss and gradients, or the whole step."""
+"""Training without Python by torch.export. AOTInductor compiles loss and gradients, or the whole step."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def make_model():
-    """The parameters of a model, and its loss as a function of them and a batch."""
+    """Returns a model's parameters, and its loss as a function of them and a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
     names, params = zip(*((name, p.detach()) for name, p in model.named_parameters()))
@@ -41,14 +41,14 @@ def make_model():
 
 
 def compile_package(function, inputs, path) -> str:
-    # torch.export takes no gradients, so it is handed a graph in which they are operators like any other.
+    # torch.export does not take gradients, so it gets a graph in which they are ordinary operators.
     inputs = [tensor.clone() for tensor in inputs]
     program = torch.export.export(make_fx(function)(*inputs), tuple(inputs))
     return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
 def assert_close(printed: str, losses, trained, params):
-    """Inductor's kernels round the gradients in their own way."""
+    """Inductor's kernels round gradients differently."""
     torch.testing.assert_close(
         torch.tensor([float(line) for line in printed.split()]), torch.stack(losses), rtol=1e-4, atol=0.0
     )
@@ -81,12 +81,15 @@ def test_a_program_trains_what_was_exported(tmp_path):
 
 
 def training_step(loss, count, op):
-    """Of parameters, momentum buffers, a batch and lr; it updates the first two and returns the loss."""
+    """A function of parameters, momentum buffers, a batch and lr.
+
+    It updates the first two and returns the loss.
+    """
 
     def step(*inputs):
         params, buffers, (x, y, lr) = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
         gradients, value = torch.func.grad_and_value(loss)(params, x, y)
-        # Parameters of fp32 have no masters and, without dampening, no counts: the lists are empty.
+        # fp32 parameters have no masters and, without dampening, no step counts. So these lists are empty.
         op(list(params), list(gradients), list(buffers), [], [], [count], lr=[lr], **OPTIONS)
         return value
 
@@ -111,7 +114,7 @@ def test_a_package_holds_the_whole_training_step(op, tmp_path):
 
 
 # ---------------------------------------------------------------- inside of torch.func.grad
-# There tensors are wrapped and have no storage to look at.
+# There, tensors are wrapped and have no storage that can be checked.
 
 
 @pytest.mark.parametrize(

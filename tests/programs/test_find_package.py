@@ -1,4 +1,4 @@
-"""find_package(fused_lars) from an installed wheel and a CMake install, by a project outside of the tree."""
+"""find_package(fused_lars) from an installed wheel and from a CMake install, in a separate project."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import fused_lars
 from paths import ROOT
 
 CONSUMER = ROOT / "tests" / "programs" / "consumer"
-# Packages that the CMake package of a CUDA build of torch asks for, and without a toolkit does not find.
+# The CMake package of a CUDA build of torch asks for these, and fails without a toolkit.
 NOT_NEEDED = ("Torch", "Caffe2", "CUDA", "CUDAToolkit", "Python3")
 
 
@@ -50,7 +50,7 @@ def tool(name: str) -> str:
 @pytest.fixture
 def cmake_install(tmp_path) -> list[Path]:
     run(tool("cmake"), "--install", cpp_program.BUILD, "--prefix", tmp_path / "prefix")
-    # Nothing of the package tells where torch is, so CMake has to be told, as by any user of LibTorch.
+    # Nothing in the package tells where torch is, so CMake must be told, as by any user of LibTorch.
     return [tmp_path / "prefix", Path(torch.utils.cmake_prefix_path)]
 
 
@@ -64,7 +64,7 @@ def wheel(tmp_path) -> list[Path]:
     (file,) = tmp_path.glob("fused_lars-*-py3-none-*.whl")
     site_packages = tmp_path / "site-packages"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site_packages, file)
-    # In site-packages torch is beside it, and what pip installed for torch.
+    # In site-packages, torch and the packages that pip installed for it are beside the library.
     beside = Path(torch.__file__).parents[1]
     for name in ("torch", "nvidia"):
         if (beside / name).exists():
@@ -78,7 +78,7 @@ def test_a_project_outside_of_the_tree(installed, request, tmp_path):
     prefixes = request.getfixturevalue(installed)
     source = shutil.copytree(CONSUMER, tmp_path / "consumer")
     build = tmp_path / "build"
-    # Only what any machine with a compiler has; the Python there knows no torch.
+    # Only what any machine with a compiler has. Its Python has no torch.
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "", "CUDA_HOME": "", "CUDACXX": ""}
     run(
         *(tool("cmake"), "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={';'.join(map(str, prefixes))}"),
@@ -95,12 +95,12 @@ def test_a_project_outside_of_the_tree(installed, request, tmp_path):
 
 
 def test_a_project_that_adds_the_sources(tmp_path):
-    """It is configured and not built, which would build all of the library again."""
+    """It is configured but not built, because a build would compile the whole library again."""
     run(
         *(tool("cmake"), "-S", CONSUMER, "-B", tmp_path, f"-DFUSED_LARS_SOURCE={ROOT}"),
         *("-DFUSED_LARS_CUDA=0", f"-DPython3_EXECUTABLE={sys.executable}"),
     )
-    # What is the project's to say is left to it.
+    # The project's own settings are left to it.
     assert re.search("^CMAKE_BUILD_TYPE:.*=$", (tmp_path / "CMakeCache.txt").read_text(), re.MULTILINE)
 
 
@@ -108,7 +108,7 @@ LIBRARY = Path(fused_lars.__file__).parent / "lib" / "libfused_lars.so"
 
 
 def test_the_library_shows_its_api_only():
-    """Functions and data of its own are those that a header declares; the rest is inlined from torch's."""
+    """It exports only functions and data that a header declares. The rest is inlined from torch."""
     headers = "".join(file.read_text() for file in (ROOT / "csrc" / "include").rglob("*.h"))
     names = set(re.findall(r"\w+", headers))
     symbols = re.findall(r"^\w+ ([A-TX-Z]) (.*)$", run("nm", "-DC", "--defined-only", LIBRARY), re.MULTILINE)

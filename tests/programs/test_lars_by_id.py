@@ -1,4 +1,4 @@
-"""fused_lars.Lars, keyed by parameter id, from eager Python; tests/cpp/test_lars.cpp has its C++ side."""
+"""fused_lars.Lars, keyed by parameter id, from eager Python. tests/cpp/test_lars.cpp tests it in C++."""
 
 import copy
 import copyreg
@@ -58,7 +58,7 @@ def test_is_one_class_with_the_torchscript_one():
 
 
 def test_declares_the_methods_of_the_torchscript_class():
-    """Type checkers, help() and the API page see the declared ones, programs call the others."""
+    """Type checkers, help() and the API page see the declared methods. Programs call the others."""
     lars = Lars(0.1)
     declared = {name: value for name, value in vars(Lars).items() if not name.startswith("_")}
     assert sorted(declared) == sorted(name for name in lars._method_names() if not name.startswith("_"))
@@ -262,7 +262,7 @@ torch.save((repr(lars), weight), {str(tmp_path / "end.pt")!r})
 
 
 def test_loads_by_default(tmp_path):
-    """With weights_only=True, and without an import before pickle.loads: the pickle names the package."""
+    """With weights_only=True, and with no import before pickle.loads: the pickle names the package."""
     lars = make()
     lars.step(3, torch.ones(4), torch.ones(4))
     torch.save({"optimizer": lars}, tmp_path / "saved.pt")
@@ -277,7 +277,7 @@ def test_loads_by_default(tmp_path):
 
 
 def test_files_of_the_time_before_load():
-    """Objects of TorchScript are pickled by their state where nothing else is registered."""
+    """Without a registered reducer, objects of TorchScript are pickled by their state."""
     lars = make()
     lars.step(3, torch.ones(4), torch.ones(4))
     file = io.BytesIO()

@@ -21,7 +21,7 @@ HALF = 4
 
 @pytest.fixture(autouse=True)
 def no_fuser():
-    """On a GPU TorchScript compiles kernels of its own after some calls, which round in their own way."""
+    """On a GPU, TorchScript compiles its own kernels after some calls, and these round differently."""
     before = torch._C._jit_can_fuse_on_gpu()
     torch._C._jit_override_can_fuse_on_gpu(False)
     yield
@@ -62,7 +62,7 @@ def test_both_ways_to_step_give_the_same_bits(device):
 
 @pytest.fixture
 def half(device, tmp_path):
-    """A run saved half-way: its path, that of the batches left, and the same run without interruption."""
+    """A run saved half-way. Returns its path, that of the batches left, and the uninterrupted run."""
     scripted = torch.jit.script(Trainer(device))
     all_batches = batches(STEPS, device)
     train(scripted, all_batches[:HALF])
@@ -114,7 +114,7 @@ def test_a_loaded_optimizer_can_be_changed(half):
 
 @pytest.mark.parametrize("move", ["double", "cuda"])
 def test_a_loaded_module_that_is_moved_keeps_its_momentum(move, tmp_path):
-    """The module moves its weights, not the optimizer that it holds."""
+    """The module moves its weights, but not the optimizer that it holds."""
     if move == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch.cuda is not available")
     scripted = torch.jit.script(Trainer())
@@ -178,7 +178,7 @@ def test_the_ops_run_in_the_interpreter(device):
 
 
 # ---------------------------------------------------------------- reads before and after the op in scripts
-# TorchScript merges two reads of a tensor where it sees no write between them.
+# TorchScript merges two reads of a tensor if it sees no write between them.
 
 
 def step_(weight: Tensor, grad: Tensor, buffer: Tensor):
@@ -277,7 +277,7 @@ class Branch(Model):
 
 
 class View(Model):
-    """What is stepped is read by another name."""
+    """The stepped tensor is read under another name."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         row, transposed = self.layer.weight[0], self.layer.weight.t()

@@ -1,4 +1,4 @@
-"""What the build says where it cannot build."""
+"""The build's errors when it cannot build."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from paths import ROOT
 
 
 def test_old_setuptools():
-    """Before 70.1 it had no bdist_wheel, and pip looks at build requirements in isolated builds only."""
+    """Older versions had no bdist_wheel, and pip checks build requirements only in isolated builds."""
     pytest.importorskip("setuptools", reason="setup.py needs setuptools")
     program = f"""
 import runpy, sys
@@ -60,7 +60,7 @@ def test_a_build_without_torch_says_what_to_do(tmp_path):
 
 
 def test_types_are_part_of_the_package(tmp_path):
-    """Without py.typed a type checker takes all of an installed package for Any."""
+    """Without py.typed, type checkers treat an installed package as Any."""
     pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
     command = [sys.executable, ROOT / "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -68,7 +68,7 @@ def test_types_are_part_of_the_package(tmp_path):
 
 
 def test_old_torch(tmp_path):
-    """What pip and make show too, since both call CMake."""
+    """pip and make show it too, because both call CMake."""
     package = tmp_path / "torch" / "share" / "cmake" / "Torch"
     package.mkdir(parents=True)
     (package / "TorchConfig.cmake").touch()

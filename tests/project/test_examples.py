@@ -1,4 +1,4 @@
-"""The scripts of examples/ and benchmarks/ run as a user runs them, and what they write is so."""
+"""Runs the scripts of examples/ and benchmarks/ as a user does, and checks what they write."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def has_colour(image, colour, pixels=200, tolerance=0.01):
 
 
 def run_by_two(arguments, plot):
-    """Runs an example in two processes; returns what it prints and the numbers that it writes."""
+    """Runs an example in two processes. Returns its output and the numbers that it writes."""
     printed = run("-m", "torch.distributed.run", "--nproc-per-node", 2, *arguments, "--output", plot)
     return printed, json.loads(plot.with_suffix(".json").read_text())
 
@@ -34,17 +34,17 @@ def accuracies(printed):
 
 
 def without_labels(image):
-    """The left of a plot, since a line's label at its right end has its colour too."""
+    """The left part of a plot, because a line's label at its right end has the same colour."""
     return image[:, : image.shape[1] * 2 // 3]
 
 
 def run_and_read(command, plot):
-    """What an example prints, its JSON, and its picture."""
+    """Returns what an example prints, its JSON and its picture."""
     printed = run(*command, "--output", plot)
     return printed, json.loads(plot.with_suffix(".json").read_text()), matplotlib.image.imread(plot)
 
 
-# 75 makes shares of 38 and 37 images, and a last batch of 5 to share.
+# A batch of 75 gives shares of 38 and 37 images, and a last batch of 5 to share.
 DIGITS = ("examples/digits.py", "--quick", "--batch-sizes", 75, 1280)
 
 
@@ -59,8 +59,8 @@ def test_digits_are_learnt(digits):
         (name, size) for size in (75, 1280) for name in ("LARS", "SGD", "tuned SGD")
     ]
     for row in rows:
-        # Guessing gets 10 per cent of 517 images, with a standard deviation of 1.3. SGD need not learn at a
-        # rate that is scaled linearly to the whole training set, and that it does not is a result.
+        # Guessing gets 10 per cent of 517 images, with a standard deviation of 1.3. At a rate scaled linearly
+        # to the whole training set, SGD need not learn. If it does not, that is a result.
         if (row["optimizer"], row["batch_size"]) != ("SGD", 1280):
             assert min(row["accuracies"]) > 60, row
 
@@ -75,7 +75,7 @@ def test_digits_prints_what_it_measured(digits):
 
 
 def test_digits_tuned_rate_is_that_of_the_batch_size(digits):
-    # 75 is nearest to 64 of the sizes that were tuned.
+    # Of the tuned batch sizes, 64 is nearest to 75.
     rates = {(row["optimizer"], row["batch_size"]): row["lr"] for row in digits[1]}
     assert rates["tuned SGD", 75] == 2**-5
     assert rates["tuned SGD", 1280] == 2**-3
@@ -89,7 +89,7 @@ def test_digits_plot_shows_every_line(digits):
     assert has_colour(image, "#8a4fbf")
 
 
-# As above, and the embeddings of shares of 38 and 37 images come together for one loss.
+# As above. The embeddings of shares of 38 and 37 images come together for one loss.
 SELF_SUPERVISED = ("examples/self_supervised.py", "--quick", "--batch-size", 75)
 
 
@@ -101,7 +101,7 @@ def self_supervised(tmp_path_factory):
 def test_self_supervised_features_are_better_than_untrained_ones(self_supervised):
     rows = {row["features"]: row for row in self_supervised[1]}
     assert list(rows) == ["pixels", "untrained", "LARS", "SGD"]
-    # It gains over 4. What SGD learns at a rate that is scaled to this batch is a result.
+    # LARS gains over 4. What SGD learns at a rate scaled to this batch is a result, not a requirement.
     untrained = statistics.fmean(rows["untrained"]["few_labels"])
     assert statistics.fmean(rows["LARS"]["few_labels"]) > 2 + untrained
     for name in ("LARS", "SGD"):
@@ -165,7 +165,7 @@ def test_digits_under_torchrun_gives_the_same_table(digits, tmp_path):
 
 
 def test_step_benchmark(device, tmp_path):
-    # One peer cannot be imported: it is reported, and the others are measured.
+    # One peer cannot be imported. It is reported, and the others are measured.
     (tmp_path / "lightly.py").write_text("raise ImportError('not on this machine')")
     plot = tmp_path / "step.png"
     # torch's own models are many and large for a simulated device, which is a device too.
@@ -191,7 +191,7 @@ def test_step_benchmark(device, tmp_path):
 
 
 def test_a_program_without_python_trains_what_python_saved(tmp_path):
-    # Beside what else a user's shell has, `make train-cpp` puts the environment's programs on the PATH.
+    # `make train-cpp` puts the environment's programs on the PATH, besides the rest of a user's shell.
     folder = shutil.copytree(ROOT / "examples" / "train_without_python", tmp_path / "train_without_python")
     done = subprocess.run(
         ["make", "-C", str(folder)],
@@ -218,7 +218,7 @@ def test_a_program_without_python_trains_what_python_saved(tmp_path):
 
 
 def test_layers_are_drawn_and_the_first_nan_is_named(tmp_path):
-    """A gradient that is NaN from step 4 on, in the middle of three layers first."""
+    """A gradient is NaN from step 4 on, first in the middle one of three layers."""
     names = ["0.weight", "1.weight", "2.weight"]
     for file in ("trust_ratios.csv", "weight_norms.csv", "grad_norms.csv"):
         lines = [",".join(["step", *names])]

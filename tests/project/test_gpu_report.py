@@ -1,4 +1,4 @@
-"""benchmarks/gpu_report.py: the whole of it where there is a GPU, what it writes anywhere."""
+"""benchmarks/gpu_report.py: all of it with a GPU, and its written files on any machine."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ def gpu_report(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 def test_report_of_a_gpu_cuda(tmp_path):
-    """One part fails, for a digest of zeros: it is said, and what comes after it is run."""
+    """One part fails, because its digest is zeros. The report says so, and the parts after it run."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not on this machine')")
     (tmp_path / "timm.py").write_text("raise ImportError('not on this machine')")
     options = ["--quick", "--workloads", "161 tensors of one element", "--types", "bf16", "masters"]
@@ -120,7 +120,7 @@ def interrupts_are_ignored():
 
 @pytest.mark.usefixtures("interrupts_are_ignored")
 def test_a_program_is_stopped_when_its_time_is_over(gpu_report, tmp_path):
-    """By an interrupt, upon which it may say what it has; in the background of a shell too."""
+    """An interrupt stops it, so that it can still print its results. In the background of a shell too."""
     program = "trap 'echo results; exit 3' INT; while true; do sleep 0.1; done"
     programs = gpu_report.Programs(tmp_path, 600)
     # 15 s: on a busy machine too, the shell has set its trap by then.
@@ -142,7 +142,7 @@ def test_why_a_program_failed(gpu_report):
 
 
 def test_sanitizers_find_errors_or_do_not_run(gpu_report, monkeypatch, tmp_path):
-    """One that finds none, one that finds some, one that cannot run, one that takes too long."""
+    """One finds nothing, one finds errors, one cannot run, and one takes too long."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         """#!/bin/sh

@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> pathlib.Path:
     """Reddish noise and bluish noise: 64 images to train on and 16 others.
 
     Their colours are far apart. After 16 steps the running statistics of batch normalisation lag behind the
-    weights, and what else an evaluation finds depends on how the processor rounds.
+    weights. So an evaluation of any finer difference would depend on how the processor rounds.
     """
     root = tmp_path_factory.mktemp("images")
     random = numpy.random.default_rng(0)
@@ -53,7 +53,7 @@ def load_script():
 
 
 def train(arguments: list[str]):
-    """All that a run has come to, on each rank."""
+    """Runs the example and returns, on each rank, everything that the run consists of."""
     run = load_script().main(arguments)
     tensors = [*run.model.parameters(), *run.model.buffers()]
     tensors += [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
@@ -67,7 +67,7 @@ def rows(path: pathlib.Path) -> list[dict]:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_trains_and_goes_on(parallel, data, tmp_path):
-    """From any checkpoint a run goes on to the same bits and the same log."""
+    """From any checkpoint, a run goes on to the same bits and the same log."""
     arguments = [str(data), f"--parallel={parallel}", *ARGUMENTS]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     first, second = run_on_ranks(2, train, arguments=[*arguments, f"--output={whole}"])
@@ -104,7 +104,7 @@ def test_trains_and_goes_on(parallel, data, tmp_path):
 
 
 def test_under_torchrun_and_then_alone(data, tmp_path):
-    """As a person starts it; one process goes on with what two have saved."""
+    """As a user starts it. One process goes on with what two have saved."""
     arguments = [
         str(SCRIPT),
         str(data),
@@ -125,7 +125,7 @@ def test_under_torchrun_and_then_alone(data, tmp_path):
 
 
 def nccl_fails() -> str:
-    """What NCCL says where it does not work: on a simulated device, or without a driver."""
+    """Returns NCCL's error if it does not work: on a simulated device, or without a driver."""
     program = """
 import torch, torch.distributed as dist
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -145,7 +145,7 @@ torch.cuda.synchronize()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda is not available")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_on_all_gpus_cuda(parallel, data, tmp_path):
-    """A process for each GPU, and then again from a checkpoint on one."""
+    """One process for each GPU, and then another run on one GPU from a checkpoint."""
     if failure := nccl_fails():
         pytest.skip(f"NCCL does not work here: {failure}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -171,7 +171,7 @@ def test_each_process_needs_a_gpu_cuda(data, monkeypatch):
 
 
 def run(data, tmp_path, *arguments) -> subprocess.CompletedProcess:
-    """A short run of one process that saves after each of its 4 steps, or goes on with it."""
+    """A short run of one process. It saves after each of its 4 steps, or resumes."""
     command = [
         sys.executable,
         SCRIPT,
@@ -212,7 +212,7 @@ def finished(data, tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_skipped(damage, finished, data, tmp_path):
-    """The newest two; the run goes on from the one before, and its checkpoints take their places."""
+    """The newest two are skipped. The run goes on from the one before, and its checkpoints replace them."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in (4, 3):
         DAMAGES[damage](tmp_path / f"step-{step}")
@@ -229,7 +229,7 @@ def test_damaged_checkpoints_are_skipped(damage, finished, data, tmp_path):
 
 
 def test_damaged_on_two_processes(finished, data, tmp_path):
-    """A file that one process alone cannot read: all of them fall back to the same checkpoint."""
+    """One file that only one process cannot read. All processes fall back to the same checkpoint."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     arguments = [
         str(data),
@@ -249,7 +249,7 @@ def test_damaged_on_two_processes(finished, data, tmp_path):
 
 
 def test_no_checkpoint_can_be_read(finished, data, tmp_path):
-    """Nothing is trained over them, from weights that may have been read in part."""
+    """The checkpoints are not overwritten by training from weights that may have been read in part."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in range(1, 5):
         truncate(tmp_path / f"step-{step}" / "__0_0.distcp")
@@ -273,7 +273,7 @@ def test_damaged_description_of_the_run(text, finished, data, tmp_path):
 
 
 def test_what_lies_beside_the_checkpoints(finished, data, tmp_path):
-    """Copies of the user's, what an interrupted run has left, and a log that ends in the middle of a row."""
+    """A user's copies, leftovers of an interrupted run, and a log that ends in the middle of a row."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for name in ("step-6.bak", "step-", "step-x", "unfinished-step-5", "unfinished-removal-of-step-2"):
         shutil.copytree(tmp_path / "step-1", tmp_path / name)
@@ -290,7 +290,7 @@ def test_what_lies_beside_the_checkpoints(finished, data, tmp_path):
 
 
 def test_interrupted_while_saving(finished, data, tmp_path, monkeypatch):
-    """What has a checkpoint's name is whole."""
+    """Every folder with a checkpoint's name is a whole checkpoint."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in (3, 4):
         shutil.rmtree(tmp_path / f"step-{step}")
@@ -312,7 +312,7 @@ def test_interrupted_while_saving(finished, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_old_checkpoints_are_removed(keep, finished, data, tmp_path):
-    """Of the last ones, a newer one that could not be read is none."""
+    """The last ones are kept. A newer checkpoint that could not be read does not count."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     truncate(tmp_path / "step-4" / "__0_0.distcp")
     shutil.rmtree(tmp_path / "step-3")
@@ -341,7 +341,7 @@ def test_options_that_make_no_run(data):
 
 
 def test_another_run_does_not_go_on_with_a_checkpoint(data, tmp_path):
-    """It would take the old schedule to its end: a learning rate of 0."""
+    """It would follow the old schedule to its end, where the learning rate is 0."""
     arguments = [*ARGUMENTS, f"--output={tmp_path}"]
     subprocess.run([sys.executable, SCRIPT, data, *arguments], check=True, capture_output=True)
     message = refused(data, *arguments, "--lr=5", "--epochs=9")

@@ -1,4 +1,4 @@
-"""The package's public names, and what show_config() says."""
+"""The package's public names, and the text of show_config()."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The program that make lint gives to type checkers runs."""
+"""The program that `make lint` gives to type checkers also runs."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""What the documentation shows, as a user's program with types: make lint checks it with mypy and pyright.
+"""The documentation's examples as a user's program with types. `make lint` checks it with mypy and pyright.
 
-Nothing here may be Any for a type checker, and the program runs: test_typing.py.
+Type checkers must see nothing here as Any. test_typing.py runs the program.
 """
 
 import tempfile
@@ -126,7 +126,7 @@ def what_the_package_says() -> None:
 
 
 def make_mistakes() -> None:
-    """Type checkers refuse each: where one did not, its mark would be an error itself."""
+    """Type checkers refuse each of these. If one did not, its unused mark would be an error."""
     ours = LARS(make_model().parameters())
     mistakes: list[Callable[[], object]] = [
         lambda: LARS(3),  # type: ignore[arg-type]

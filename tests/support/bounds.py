@@ -2,22 +2,23 @@
 
 u is the unit roundoff of the computation: 2^-53 for fp64 parameters, 2^-24 for all others. To first order:
 
-squared norm  A square is rounded, then joins a lane: an fp32 tile of 4,096 elements has 32 lanes of 128
-              additions, added up in fp64; an fp64 tile 16 lanes of 256, then 16 lanes and the tiles. Terms
-              are positive, so the relative error is at most 129 u (fp32) or 257 + 16 + tiles (fp64), and half
-              of it for the norm. A backend that adds fewer numbers in a row is within the same bound.
-decayed norm  Its elements g' + weight_decay * w have each factor and product rounded (2 of each term) and
-              the sum (1): 2 u of the norms of the terms and u of the norm itself beside the norm's own error.
-q             The sum of the relative errors of both norms; what follows in fp64 counts nothing in fp32 and at
-              most 8 u in fp64.
-u             q and each coefficient are rounded to the computation's type (1 each), then a product (1), a sum
-              (1) and the product with q (1): q + 5.
-v             Coefficient (1), product (1) and sum (1) more: q + 8 of the terms' absolute values.
-direction     Nesterov: the same three more: q + 11.
-w             Coefficient and product with step_size: q + 13 of the absolute values of the update's terms; the
-              subtraction: 1 of |w|.
-storage       Half a unit in the last place of the dtype that is stored: its unit roundoff times the value, or
-              half of its smallest number.
+squared norm  A square is rounded and then added to a lane. An fp32 tile of 4,096 elements has 32 lanes of 128
+              additions, which are added up in fp64. An fp64 tile has 16 lanes of 256, then 16 lanes and the
+              tiles are added up. Terms are positive, so the relative error is at most 129 u (fp32) or
+              257 + 16 + tiles (fp64). The norm has half of it. A backend that adds fewer numbers in a row is
+              within the same bound.
+decayed norm  In its elements g' + weight_decay * w, each factor and product is rounded (2 of each term), and
+              the sum (1). That is 2 u of the terms' norms and u of the norm, beside the norm's own error.
+q             The sum of the relative errors of both norms. The operations that follow in fp64 add nothing in
+              fp32, and at most 8 u in fp64.
+u             q and each coefficient are rounded to the computation's type (1 each). Then come a product (1),
+              a sum (1) and the product with q (1): q + 5.
+v             One coefficient (1), product (1) and sum (1) more: q + 8 of the terms' absolute values.
+direction     With Nesterov, the same three more: q + 11.
+w             Coefficient and product with step_size: q + 13 of the absolute values of the update's terms. The
+              subtraction adds 1 of |w|.
+storage       Half a unit in the last place of the stored dtype: its unit roundoff times the value, or half of
+              its smallest number.
 
 SLACK covers the products of errors that a first-order bound leaves out.
 """
@@ -49,7 +50,7 @@ def norm_error(dtype: torch.dtype, numel: int) -> float:
 
 
 def grad_norm_error(weight_dtype, grad_dtype, numel, terms=0.0) -> float:
-    """Relative error of the norm of a gradient, or of a decayed gradient of `terms` (reference.Norms)."""
+    """Relative error of the norm of a gradient. `terms` (reference.Norms) is for a decayed gradient."""
     u = ROUNDOFF[torch.float64 if weight_dtype == torch.float64 else torch.float32]
     return norm_error(grad_dtype, numel) + (2 * terms + 1) * u * (terms > 0)
 
@@ -70,5 +71,5 @@ def compute_errors(result, weight_dtype, grad_dtype) -> tuple[np.ndarray, np.nda
 
 
 def stored(value, error, dtype) -> np.ndarray:
-    """The error of `value`, known to `error`, once it is stored as `dtype`."""
+    """The error of `value` after it is stored as `dtype`, if its error was `error` before."""
     return error + np.maximum(ROUNDOFF[dtype] * (np.abs(value) + error), SMALLEST[dtype] / 2)

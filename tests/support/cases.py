@@ -24,7 +24,7 @@ DTYPES = {
     "fp16, master": Dtypes(F16, F16, F32, master=True),
 }
 
-# Values with which an update is about as large as the weight, so that a wrong term shows in bf16 too.
+# With these values an update is about as large as the weight, so a wrong term shows in bf16 too.
 _MOMENTUM = dict(lr=0.7, momentum=0.6, weight_decay=0.3, trust_coefficient=0.8)
 _TORCH = dict(_MOMENTUM, classic_momentum=False)
 

@@ -16,7 +16,7 @@ def path(name: str) -> Path:
 
 
 def run(name: str, *arguments) -> str:
-    """Runs the program, which must exit with 0, and returns what it prints."""
+    """Runs the program, which must exit with 0, and returns its output."""
     done = subprocess.run([path(name), *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{name} failed ({done.returncode}):\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -1,8 +1,8 @@
-"""Prints digests of what the step makes of fixed inputs, one for each number of threads.
+"""Prints digests of a step's results on fixed inputs, one for each number of threads.
 
     python digest.py DEVICE THREADS...
 
-In processes of its own: an instruction set (ATEN_CPU_CAPABILITY) and a simulated GPU are chosen once.
+It needs its own process, which chooses an instruction set (ATEN_CPU_CAPABILITY) and a simulated GPU once.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from layouts import LAYOUTS, Layout, Layouts
 from reference import Rule
 from stepping import bits, call_op, make_leaf
 
-# Large enough for several batches of several threads' tiles, and no multiple of anything.
+# Large enough for several batches of several threads' tiles, and not a multiple of any size.
 LARGE = Layouts(Layout((700_001,)))
 
 

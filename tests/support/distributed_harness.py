@@ -1,7 +1,8 @@
 """Tests that run in several processes at once, each under a time limit, so that a hang is a failure.
 
-Importing torch takes longer than most of the tests, so processes are forked off one that has imported it, and
-serve all tests of a session. Where one hangs or dies its group is ended, and the next test starts anew.
+Importing torch takes longer than most of the tests. So the processes are forked from one that has imported
+it, and serve all tests of a session. If one hangs or dies, its whole group is ended, and the next test starts
+a new one.
 """
 
 import atexit
@@ -18,19 +19,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIME_LIMIT = 120.0  # seconds a test; a hang costs that much, a slow machine must not look like one
+TIME_LIMIT = 120.0  # seconds for a test; a hang takes this long, and a slow machine must not look like a hang
 PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint.state_dict",
 ]
-GRACE = 5.0  # seconds for the other ranks once one has failed
+GRACE = 5.0  # seconds for the other ranks after one has failed
 
 _pools: dict[int, "Ranks"] = {}
 
 
 class Ranks:
-    """Processes of one gloo group on this machine, waiting for functions to run."""
+    """Processes of one gloo group on this machine that wait for functions to run."""
 
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("forkserver")
@@ -48,9 +49,9 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, module: str, name: str, kwargs: dict, time_limit: float) -> list:
-        """Calls `module.name.body(**kwargs)` on every rank and returns what each returned.
+        """Calls `module.name.body(**kwargs)` on every rank and returns their results.
 
-        Fails the test with the traceback of every rank that failed, and the ranks that did not end in time.
+        Fails the test with the traceback of every failed rank, and names the ranks that did not end in time.
         """
         for pipe in self._pipes:
             pipe.send((module, name, kwargs))
@@ -90,7 +91,7 @@ class Ranks:
 
 
 def run_on_ranks(world_size: int, body, time_limit: float = TIME_LIMIT, **kwargs) -> list:
-    """Runs a function of a test module, marked with :func:`on_ranks` or plain, on `world_size` ranks."""
+    """Runs a function of a test module on `world_size` ranks. It may be marked with :func:`on_ranks`."""
     if world_size in _pools and not _pools[world_size].are_alive():
         _pools[world_size].close()
     if world_size not in _pools:
@@ -99,7 +100,7 @@ def run_on_ranks(world_size: int, body, time_limit: float = TIME_LIMIT, **kwargs
 
 
 def on_ranks(*world_sizes: int, time_limit: float = TIME_LIMIT):
-    """Makes a function a test that runs it on all ranks, for each of `world_sizes`, and fails if one does."""
+    """Makes a function a test that runs on all ranks, for each of `world_sizes`. It fails if one does."""
 
     def decorate(body):
         def test(world_size, **kwargs):

@@ -1,4 +1,4 @@
-"""A small network and the ways to spread it over ranks; what it becomes is compared with one process."""
+"""A small network and ways to spread it over ranks. Tests compare the result with that of one process."""
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,14 @@ WIDTH, SEQUENCE, BATCH = 12, 4, 8
 
 # How far two fp32 runs of 10 steps may be apart, see relative_to_all(), with u = 2^-24.
 # Each run rounds a weight 10 times, by u / 2 at most: 10 u for both runs.
-# A gradient adds up at most 32 terms, in an order of its own. Their errors are random: sqrt(32) u of it.
+# A gradient is a sum of at most 32 terms in any order. Their errors are random: sqrt(32) u of it.
 # 10 steps move a weight by at most 0.83 of itself (lr 1, trust coefficient 0.02, momentum 0.9): 10 u.
 # Measured: at most 0.6 u, on Intel and AMD, with AVX-512, AVX2 and SSE.
 TOLERANCE = 20 * 2.0**-24
 
 
 class Block(nn.Module):
-    """A residual block as transformers have it, which tensor and sequence parallelism can split."""
+    """A residual block as in transformers. Tensor and sequence parallelism can split it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """On 4 ranks `odd` has rows for three of them and `head`, with 3 rows, leaves one without any."""
+    """On 4 ranks, `odd` has rows for three of them. `head` has 3 rows, so one rank has none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def make_net(dtype=torch.float32) -> Net:
 
 
 def make_optimizer(model, **options) -> LARS:
-    # With eps, so that norms that are wrong by one factor for weight and gradient show.
+    # Without eps, a common wrong factor of both norms would cancel.
     options = {"lr": 1.0, "momentum": 0.9, "trust_coefficient": 0.02, "eps": 0.01, **options}
     return LARS(param_groups(model, weight_decay=1e-2), **options)
 
@@ -74,7 +74,7 @@ def batches(steps: int, first: int = 0):
 
 
 def train(model, optimizer, data=(0, 1), steps: int = 10, first: int = 0) -> None:
-    """Steps on batches of which this rank takes part `data[0]` of `data[1]`."""
+    """Trains on batches. This rank takes part `data[0]` of `data[1]` of each."""
     for x, y in batches(steps, first):
         loss_of(model, x, y, data).backward()
         optimizer.step()
@@ -91,7 +91,7 @@ def all_ranks() -> tuple[int, int]:
 
 
 def mesh_1d():
-    """All ranks on the CPU; without a mesh fully_shard would take a GPU where there is one."""
+    """All ranks on the CPU. Without a mesh, fully_shard would take a GPU if there is one."""
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
@@ -99,7 +99,7 @@ def mesh_2d(*names: str):
     return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=names)
 
 
-# Each layout takes a net and returns what to train, and this rank's part of the batches.
+# Each layout takes a net. It returns what to train, and this rank's part of the batches.
 
 
 def replicated(net):
@@ -137,7 +137,7 @@ def tensor_parallel(net, mesh=None):
 
 
 def sharded_over_tensor_parallel(net):
-    """fully_shard takes no uneven tensor parallelism, so the rest is sharded over the data ranks only."""
+    """fully_shard rejects uneven tensor parallelism, so the rest is only sharded over the data ranks."""
     mesh = mesh_2d("data", "tensor")
     plan = {
         "blocks.*.up": ColwiseParallel(),
@@ -148,7 +148,7 @@ def sharded_over_tensor_parallel(net):
 
 
 def partly_sharded(net):
-    """Plain parameters beside sharded ones; DDP's hook would do what is done for their gradients here."""
+    """Plain parameters beside sharded ones. The hook averages their gradients, as DDP's hook would."""
     mesh = mesh_1d()
     for block in net.blocks:
         fully_shard(block, mesh=mesh)
@@ -158,7 +158,7 @@ def partly_sharded(net):
 
 
 def several_meshes(net):
-    """Blocks sharded over all ranks, the rest within pairs."""
+    """Blocks sharded over all ranks, and the rest within pairs."""
     mesh, pairs = mesh_1d(), mesh_2d("replicate", "shard")
     for block in net.blocks:
         fully_shard(block, mesh=mesh)
@@ -174,16 +174,16 @@ def full(tensor):
 def errors(model, reference) -> dict[str, float]:
     """The distance of each parameter from the reference's, relative to the norm of the whole model.
 
-    Other processors and other splits add up gradients in other orders, so two fp32 runs differ. What a sum
-    loses is relative to its terms, and a tiny tensor's terms can cancel: relative to that tensor the loss is
-    of any size, relative to the model it is not.
+    Other processors and other splits add up gradients in other orders, so two fp32 runs differ. The error of
+    a sum is relative to its terms, and the terms of a tiny tensor can cancel. So the error has no bound
+    relative to that tensor, but it has one relative to the model.
     """
     pairs = zip(model.named_parameters(), reference.parameters())
     return relative_to_all({name: (full(p.detach()), q.detach()) for (name, p), q in pairs})
 
 
 def relative_to_all(pairs: dict) -> dict[str, float]:
-    """The distance of each (tensor, expected) pair, relative to the norm of all that is expected."""
+    """The distance of each (tensor, expected) pair, relative to the norm of all expected tensors."""
     norm = torch.stack([expected.double().norm() for _, expected in pairs.values()]).norm()
     return {
         name: ((got.double() - expected.double()).norm() / norm).item()

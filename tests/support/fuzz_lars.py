@@ -46,7 +46,7 @@ def damaged(data: bytes, random: Random) -> bytes:
 
 
 def damaged_archive(data: bytes, random: Random) -> bytes:
-    """With one damaged file, whose checksum is right."""
+    """Damages one file of an archive and corrects its checksum."""
     archive, result = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     names = [name for name in archive.namelist() if archive.read(name)]
     pickles = [name for name in names if name.endswith(".pkl")]
@@ -80,7 +80,7 @@ def damaged_state(state: list, random: Random) -> tuple:
 def use(lars) -> None:
     repr(lars)
     if not isinstance(lars, fused_lars.Lars):
-        return  # what a damaged pickle is otherwise
+        return  # a damaged pickle can give another object
     lars.__getstate__()
     weights = [torch.ones(3), torch.ones(2, 2)]
     lars.step_all([4, 7], weights, [torch.ones(3), torch.ones(2, 2)])
@@ -89,7 +89,7 @@ def use(lars) -> None:
 def main(count: int) -> None:
     faulthandler.enable()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    # A damaged length asks for any amount of memory.
+    # A damaged length can ask for any amount of memory.
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**32,) * 2)
     lars = fused_lars.Lars(0.1).with_momentum(0.9)
     use(lars)

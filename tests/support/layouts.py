@@ -1,4 +1,4 @@
-"""Tensors of every layout that a parameter or a gradient may have, inside storage that is watched."""
+"""Tensors of every layout that a parameter or a gradient may have, inside storage that tests can watch."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes, strides (None: contiguous) and storage offset of a tensor, in elements."""
+    """Sizes, strides (None: contiguous) and storage offset of a tensor, counted in elements."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     offset: int = 0
 
     def place(self, dtype: torch.dtype, device, generator: torch.Generator) -> Tensor:
-        """A tensor of this layout, in storage that is larger and filled with normal numbers."""
+        """Makes a tensor of this layout. Its storage is larger and filled with normal numbers."""
         strides = self.strides
         if strides is None:
             strides = torch.empty(self.sizes, device="meta").stride()
@@ -28,7 +28,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layouts of a parameter and of what goes with it; None: as the parameter's."""
+    """The layouts of a parameter and of its gradient and state. None: the parameter's layout."""
 
     param: Layout
     grad: Layout | None = None
@@ -42,7 +42,7 @@ def _outside(sizes, strides, offset, storage_size) -> Tensor:
 
 
 def outside(tensor: Tensor) -> Tensor:
-    """A copy of the elements of a tensor's storage that are not its own."""
+    """Copies the elements of a tensor's storage that are not the tensor's."""
     tensor = tensor.detach()
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     index = _outside(tensor.shape, tensor.stride(), tensor.storage_offset(), size)
@@ -54,7 +54,7 @@ _CHANNELS_LAST = Layout(_IMAGE, (40, 1, 10, 5))
 _CONTIGUOUS = Layout(_IMAGE)
 
 LAYOUTS = {
-    # Two tiles of the CPU step and a rest that is no multiple of any vector width.
+    # Two tiles of the CPU step, and a rest that is not a multiple of any vector width.
     "tiles": Layouts(Layout((8199,))),
     "one tile": Layouts(Layout((4096,))),
     "matrix": Layouts(Layout((7, 11))),

@@ -1,4 +1,4 @@
-"""Where the checkout is, and the package that the tests import, which may be an installed one."""
+"""The folders of the checkout and of the package under test, which may be an installed one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs programs in a Python of their own, with the package that the tests import."""
+"""Runs programs in a new Python, with the package that the tests import."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ from paths import PACKAGE, ROOT
 
 
 def environment(*folders) -> dict[str, str]:
-    """The tests' own, in which Python finds modules in these folders first, and then the package."""
+    """The tests' environment, but Python looks for modules in these folders first, then in the package's."""
     path = [*folders, PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
 
 def run(*arguments, path=(), status=0):
-    """Runs python with these arguments in the checkout, to end with a status; returns what it prints."""
+    """Runs Python in the checkout and returns its output. It must exit with `status`."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,

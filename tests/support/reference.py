@@ -1,4 +1,4 @@
-"""The rule of docs/design.md in numpy on float64, one tensor at a time. It calls nothing of the package."""
+"""The rule of docs/design.md in numpy on float64, one tensor at a time. It does not call the package."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Hyperparameters of a group, by the names that LARS has for them."""
+    """Hyperparameters of a group, with the names that LARS uses."""
 
     lr: float = 1.0
     momentum: float = 0.0
@@ -26,7 +26,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step should give, and the sizes of what was added up, which rounding errors are relative to."""
+    """The expected result of a step, and the sizes of the terms that its rounding errors are relative to."""
 
     weight: np.ndarray
     momentum_buffer: np.ndarray
@@ -37,22 +37,22 @@ class Result:
 
 
 def norm(x) -> float:
-    # Summed in more than fp64 where the machine has it.
+    # Sums in more than fp64 if the machine has it.
     return float(np.sqrt(np.sum(np.square(x, dtype=np.longdouble))))
 
 
 @dataclass(frozen=True)
 class Norms:
-    """What a step takes of a parameter."""
+    """The norms that a step takes of a parameter and its gradient."""
 
     weight: float
     grad: float  # of g', or of g' + weight_decay * w with decayed_norm
-    # The sum of the norms of what the second is a norm of, relative to it: large where they cancel.
+    # The summed norms of g' and weight_decay * w, relative to `grad`. Large if the two cancel.
     terms: float = 0.0
 
 
 def norms(weight, grad, rule: Rule, grad_scale: float = 1.0) -> Norms:
-    """`grad` as it is stored, before grad_scale is divided out."""
+    """Takes the norms. `grad` is as stored, before division by grad_scale."""
     if not rule.decayed_norm:
         return Norms(norm(weight), norm(grad) / grad_scale)
     g, decay = (-grad if rule.maximize else grad) / grad_scale, rule.weight_decay * weight
@@ -72,14 +72,14 @@ def trust_ratio(norms: Norms, rule: Rule) -> float:
 
 
 def step(weight, grad, momentum_buffer, rule: Rule, *, grad_scale=1.0, first=False) -> Result:
-    """One step. A missing momentum_buffer is zeros; `first` says that no step was applied before."""
+    """Makes one step. A missing momentum_buffer means zeros. `first`: no step was applied before."""
     w, g = np.asarray(weight, np.float64), np.asarray(grad, np.float64)
     v = np.zeros_like(w) if momentum_buffer is None else np.asarray(momentum_buffer, np.float64)
     of_step = norms(w, g, rule, grad_scale)
     q = trust_ratio(of_step, rule)
 
     def apply(w, g, v, minus):
-        """The formulas; with minus = +1 and absolute values the sum of the sizes of their terms."""
+        """The formulas. With minus = +1 and absolute values, they give the summed sizes of their terms."""
         g = g / grad_scale
         u = q * (g + rule.weight_decay * w)
         m = rule.momentum

@@ -1,4 +1,4 @@
-"""A model that trains itself: what tests script, save, and load in a fresh Python and in C++."""
+"""A model that trains itself. Tests script it, save it, and load it in a new Python and in C++."""
 
 import torch
 from torch import Tensor
@@ -41,14 +41,14 @@ class Trainer(torch.nn.Module):
 
     @torch.jit.export
     def train_step_by_node(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same, a parameter at a time."""
+        """The same step, one parameter at a time."""
         loss = cross_entropy(self(x), y)
         loss.backward()
         graph = [self.hidden.weight, self.hidden.bias, self.output.weight, self.output.bias]
         for node in range(len(graph)):
             self.optimizer.step_graph_node(graph, node)
         for leaf in graph:
-            # Not before backward: TorchScript takes a gradient that is not there for a tensor.
+            # Not before backward, because TorchScript then takes a missing gradient for a tensor.
             grad = leaf.grad
             assert grad is not None
             grad.zero_()

@@ -1,4 +1,4 @@
-"""What a step on DTensors sends and runs."""
+"""Records what a step on DTensors sends and runs."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Record(TorchDispatchMode):
-    """Counts operators by name, those that are given a DTensor, and the elements of every all-reduce."""
+    """Counts operators by name, those that get a DTensor, and the elements of every all-reduce."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One step by each implementation, on tensors of any layout and dtype, checked against reference.py."""
+"""Makes a step by any implementation, with any layout and dtype, and checks it against reference.py."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Leaf:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns, so that NaN equals itself and 0 does not equal -0."""
+    """The bit patterns. NaN then equals itself, and 0 differs from -0."""
     return tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
 
 
@@ -86,7 +86,7 @@ def group_by_rule(leaves: list[Leaf]) -> list[list[Leaf]]:
 def call_op(
     leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
 ):
-    """torch.ops.fused_lars.step_; returns the trust ratios."""
+    """Calls torch.ops.fused_lars.step_ and returns the trust ratios."""
     return call_op_for_norms(
         leaves,
         tensor_lr=tensor_lr,
@@ -100,7 +100,7 @@ def call_op(
 def call_op_for_norms(
     leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
 ):
-    """The same; returns the trust ratios and the norms."""
+    """Like call_op, but returns the trust ratios and the norms."""
     groups = group_by_rule(leaves)
     values = {name: [getattr(group[0].rule, name) for group in groups] for name in HYPERPARAMETERS}
     device = leaves[0].param.device
@@ -128,7 +128,7 @@ def call_op_for_norms(
 
 
 def make_optimizer(leaves: list[Leaf], *, tensor_lr=False, **options) -> LARS:
-    """A LARS that steps the leaves' own tensors."""
+    """Makes a LARS that steps the leaves' own tensors."""
     groups = []
     for group in group_by_rule(leaves):
         values = dataclasses.asdict(group[0].rule)
@@ -153,8 +153,8 @@ def _is_half(tensor: Tensor | None) -> bool:
 def run(
     implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
 ) -> tuple[Tensor, Tensor]:
-    """A step; returns the trust ratios and the norms, fp64 on the CPU."""
-    # Beside a master the optimizer keeps no buffer of 16 bits, which the ops take.
+    """Makes a step. Returns the trust ratios and the norms, in fp64 on the CPU."""
+    # With a master, the ops take a 16-bit buffer. The optimizer never keeps one.
     for_ops = any(leaf.master_param is not None and _is_half(leaf.momentum_buffer) for leaf in leaves)
     if not torch_versions.GRADIENTS_HAVE_DTYPES:
         for_ops |= any(leaf.grad.dtype != leaf.param.dtype for leaf in leaves)
@@ -165,7 +165,7 @@ def run(
         )
         return tuple(result.cpu() for result in results)
     optimizer = make_optimizer(leaves, tensor_lr=tensor_lr, **{implementation: True})
-    # As GradScaler hands them over.
+    # This is how GradScaler passes them.
     optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
     optimizer.step()
     ratios, norms = optimizer.trust_ratios(), optimizer.layer_norms()
@@ -180,7 +180,7 @@ def to_numpy(tensor: Tensor):
 
 
 def assert_within(actual: Tensor, expected, error, what: str) -> None:
-    """`actual` is `expected` to within `error` and the rounding of its dtype; inf and NaN are the same."""
+    """Checks `actual` up to `error` and the rounding of its dtype. inf and NaN must be equal."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     got = actual.detach().to("cpu", torch.float64).reshape(expected.shape)
     allowed = torch.as_tensor(bounds.stored(expected.numpy(), error, actual.dtype))
@@ -199,14 +199,14 @@ def assert_within(actual: Tensor, expected, error, what: str) -> None:
 
 
 def snapshot(leaves: list[Leaf]) -> list[dict[str, Tensor]]:
-    """A copy of every leaf's tensors with the storage around them."""
+    """Copies every leaf's tensors, with the storage around them."""
     return [{name: tensor.detach().clone() for name, tensor in leaf.tensors().items()} for leaf in leaves]
 
 
 def check_step(
     implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
 ) -> None:
-    """Runs a step and holds every tensor that it may and may not write against the reference."""
+    """Runs a step and checks every tensor against the reference, also those that it must not write."""
     before = snapshot(leaves)
     around = [{name: outside(tensor) for name, tensor in leaf.tensors().items()} for leaf in leaves]
     scale = 1.0 if grad_scale is None else grad_scale.item()
@@ -227,7 +227,7 @@ def check_step(
 
 
 def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, norms: Tensor, grad_scale: float) -> None:
-    """Holds a leaf after a step against the reference's step from `old`."""
+    """Checks a leaf after a step against the reference's step from `old`."""
     weight = "param" if leaf.master_param is None else "master_param"
     result = reference.step(
         to_numpy(old[weight]),

@@ -1,8 +1,8 @@
 """LARS for PyTorch with fused CPU and CUDA kernels.
 
-:class:`LARS`, in capitals, is the optimizer: a ``torch.optim.Optimizer``. :class:`Lars` is for programs
-without one, such as TorchScript: the caller gives it parameters and gradients, and it keeps its state under
-ids that the caller chooses.
+:class:`LARS`, in capitals, is the ``torch.optim.Optimizer``. :class:`Lars` is for programs that cannot use
+one, such as TorchScript. The caller gives it parameters and gradients, and it keeps its state under ids that
+the caller chooses.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks of what LARS is given: options and parameters."""
+"""Checks the options and the parameters that LARS is given."""
 
 import numbers
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from . import _library  # noqa: F401  registers torch.ops.fused_lars
 from ._torch_internals import argument_names, has_kernel, is_under_dispatch_mode
 
-# Hyperparameters of a group, by the names and in the order of the op: numbers, then switches.
+# The hyperparameters of a group, with the op's names and in the op's order: numbers first, then switches.
 _CHECK = torch.ops.fused_lars.check_hyperparameters.default
 NUMBERS, SWITCHES = argument_names(_CHECK, "FloatType"), argument_names(_CHECK, "BoolType")
 HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
-# Options that came later, and what runs from before them had.
+# Options that a later version added, with the value for runs that were saved before.
 ADDED_OPTIONS = {"decayed_norm": False}
 
-# What an optimizer keeps for a parameter.
+# The keys of a parameter's state.
 STATE = ("momentum_buffer", "master_param", "step")
 
 # Parameters of these dtypes may have fp32 state.
@@ -33,7 +33,10 @@ _FUSED_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def check_group(group, index: int | None = None) -> None:
-    """Checks a group's options, defaults filled in; `index`, its place in param_groups, is for the errors."""
+    """Checks the options of a group that has all defaults filled in.
+
+    Errors name `index`, the group's place in param_groups.
+    """
     where = "" if index is None else f" in group {index}"
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -58,27 +61,27 @@ def check_group(group, index: int | None = None) -> None:
 
 
 def are_plain(options) -> bool:
-    """Whether values of options are plain numbers, switches and words, which nobody changes in place.
+    """Whether all values are numbers, bools, strings or None, which cannot change in place.
 
-    Whatever else stands there is for a step's checks to refuse, or is a tensor as lr.
+    Any other value is an lr tensor, or a mistake that the checks of a step refuse.
     """
     return _PLAIN.issuperset(map(type, options))
 
 
 def are_hyperparameters(values) -> bool:
-    """Whether the values of HYPERPARAMETERS are numbers and switches as they are most often."""
+    """Whether the values of HYPERPARAMETERS have the usual types."""
     numbers, switches = values[: len(NUMBERS)], values[len(NUMBERS) :]
     return {float, int}.issuperset(map(type, numbers)) and {bool, str}.issuperset(map(type, switches))
 
 
 def host_reads(lr: Tensor) -> bool:
-    """Whether an lr's value can be checked: without a wait for a device, and in no program that is traced."""
+    """Whether the host may read an lr's value: it is on the CPU, and no program is being traced."""
     is_traced = torch.compiler.is_compiling() or is_under_dispatch_mode()
     return lr.device.type == "cpu" and not is_traced
 
 
 def check_number(name: str, value, group: int | None = None) -> None:
-    """Checks the type of an option of a parameter group."""
+    """Checks that an option of a parameter group is a number."""
     if not isinstance(value, numbers.Real):
         raise ValueError(f"{name}{_in_group(group)} is {value!r}; allowed: a number")
 
@@ -101,12 +104,12 @@ def _in_group(group: int | None) -> str:
 
 
 def check_params(params, fused) -> None:
-    """Checks the parameters of a group, or pairs of a name and a parameter."""
+    """Checks the parameters of a group, given alone or in pairs of a name and a parameter."""
     for index, param in enumerate(params):
         if isinstance(param, tuple):
             index, param = param
         if not isinstance(param, Tensor):
-            continue  # the base class has the error
+            continue  # the base class raises the error
         if param.layout != torch.strided:
             raise ValueError(f"parameter {index} has layout {param.layout}; allowed: torch.strided")
         if not fused:
@@ -117,13 +120,13 @@ def check_params(params, fused) -> None:
                 f"parameter {index} has dtype {param.dtype}; "
                 f"allowed: {', '.join(map(str, _FUSED_DTYPES))}"
             )
-        # A parameter on meta is materialised before the first step, which checks again.
+        # A parameter on meta gets its memory before the first step, and that step checks again.
         if param.device.type not in (*FUSED_DEVICES, "meta"):
             raise RuntimeError(no_fused_kernels(f"parameter {index}", param.device))
 
 
 def no_fused_kernels(name: str, device: torch.device) -> str:
-    """The error for a parameter with fused=True; it begins as torch's own does."""
+    """The error for a parameter with fused=True. It begins like torch's own."""
     return (
         "`fused=True` requires all the params to be floating point Tensors of supported devices; "
         f"{name} is on {device}, for which this build has no fused kernel; fused_lars.show_config() says "

@@ -1,4 +1,4 @@
-"""From a checkpoint of another optimizer to one of LARS."""
+"""Converts a checkpoint of another optimizer to one of LARS."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ class _Source(NamedTuple):
     """How another optimizer keeps its momentum."""
 
     key: str
-    sign: float  # of the buffer, beside ours
+    sign: float  # of the buffer, relative to ours
     classic_momentum: bool  # the learning rate is part of the buffer
 
 
@@ -37,18 +37,18 @@ def convert_state_dict(
 ) -> dict[str, Any]:
     """Makes a state_dict of :class:`fused_lars.LARS` from one of another optimizer.
 
-    Momentum is taken over, hyperparameters are not: they stay those of ``optimizer``. Where one of both has
-    the learning rate in its buffer and the other has not (``classic_momentum``), buffers are multiplied or
-    divided by the learning rate in the state_dict's group. The run then goes on as before at a constant
-    learning rate; under a schedule the steps before keep the present rate and not their own.
+    Only momentum is converted. Hyperparameters stay those of ``optimizer``. If just one of the two optimizers
+    has the learning rate in its buffer (``classic_momentum``), the buffers are multiplied or divided by the
+    learning rate in the state_dict's group. At a constant learning rate the run then goes on as before. Under
+    a schedule, all earlier updates count as if they had been made at that learning rate.
 
     Args:
         state_dict (dict): the other optimizer's ``state_dict()``.
         optimizer (LARS): the optimizer that is to load the result. It is not changed.
-        source (str): "sgd" for ``torch.optim.SGD`` and what keeps momentum as it does: timm, lightly,
-            lightning-bolts, solo-learn, pytorch_optimizer, and what torchlars and apex's LARC wrap (SwAV,
-            VISSL). "mu" for the LARS of Barlow Twins, VICReg, DINO, MoCo v3 and MAE. "apex" for apex's
-            FusedLARS, whose buffers have the other sign.
+        source (str): "sgd" for ``torch.optim.SGD`` and optimizers that keep momentum like it: timm, lightly,
+            lightning-bolts, solo-learn, pytorch_optimizer, and the optimizer that torchlars or apex's LARC
+            wraps (SwAV, VISSL). "mu" for the LARS of Barlow Twins, VICReg, DINO, MoCo v3 and MAE. "apex" for
+            apex's FusedLARS, whose buffers have the opposite sign.
         params (iterable, optional): the parameters, or pairs of a name and a parameter, in the order in which
             the other optimizer got them, such as ``model.parameters()``. Default: the order of ``optimizer``.
 
@@ -56,8 +56,8 @@ def convert_state_dict(
         A dict for :meth:`fused_lars.LARS.load_state_dict`.
 
     Raises:
-        ValueError: an unknown source, other parameters than the optimizer's, state of other names or shapes,
-            or a learning rate of 0 to divide by.
+        ValueError: the source is unknown, the parameters are not the optimizer's, state has other names or
+            shapes, or a learning rate to divide by is 0.
 
     Example:
         >>> optimizer = fused_lars.LARS(fused_lars.param_groups(model, 1e-6), lr=0.2, momentum=0.9,
@@ -82,7 +82,7 @@ def convert_state_dict(
     }
     if params is None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-    ordered = [p[1] if isinstance(p, tuple) else p for p in params]  # of named_parameters()
+    ordered = [p[1] if isinstance(p, tuple) else p for p in params]  # pairs come from named_parameters()
     for number, param in enumerate(ordered):
         if not isinstance(param, Tensor):
             raise ValueError(f"params[{number}] is {type(param).__name__}; expected a parameter")
@@ -120,6 +120,6 @@ def convert_state_dict(
                 )
             factor = factor / lr if is_classic else factor * lr
         if buffer.dtype in HALF:
-            buffer = buffer.to(torch.float32)  # which an fp32 buffer of ours keeps
+            buffer = buffer.to(torch.float32)  # LARS keeps an fp32 buffer in fp32
         state[result["param_groups"][group_index]["params"][index]] = {"momentum_buffer": factor * buffer}
     return {**result, "state": state}

@@ -1,4 +1,4 @@
-"""Errors of an op call in the words of param_groups. The op itself knows a tensor by its list and index."""
+"""Makes the errors of an op call name groups and parameters. The op knows a tensor only by list and index."""
 
 import re
 
@@ -17,7 +17,7 @@ def run_call(
     """Makes an op call.
 
     Raises:
-        ValueError: what the op refuses, with the parameter's name and its place in param_groups.
+        ValueError: the op refuses it. The text has the parameter's name and its place in param_groups.
     """
     try:
         call.run(inputs.grad_scale, inputs.found_inf, record, workspace, check_only)

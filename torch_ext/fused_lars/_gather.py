@@ -1,4 +1,4 @@
-"""Gathers the tensors of a step's op calls, and makes state where it is missing."""
+"""Gathers the tensors for a step's op calls, and creates missing state."""
 
 import torch
 
@@ -7,9 +7,9 @@ from ._op_call import OpCalls, TensorLists, empty_lists, way_to_compute
 
 
 def append_group(group, state, params, grads, momentum_buffers, master_params, steps) -> None:
-    """Appends the parameters of a group that have a gradient, and their state, to the lists.
+    """Appends the parameters of a group that have a gradient, with gradients and state, to the lists.
 
-    State that is missing is made, by the conditions of csrc/step.h.
+    Creates missing state under the conditions of csrc/step.h.
     """
     has_momentum = group["momentum"] != 0
     has_step = has_momentum and group["dampening"] != 0
@@ -35,7 +35,7 @@ def append_group(group, state, params, grads, momentum_buffers, master_params, s
         buffer = of_param.get("momentum_buffer")
         had_buffer = buffer is not None
         if not had_buffer:
-            # Zeros, so that a first step that AMP skips leaves a valid buffer.
+            # Zeros, so that the buffer is valid even if AMP skips the first step.
             dtype = torch.float32 if has_master else p.dtype
             buffer = of_param["momentum_buffer"] = torch.zeros_like(
                 p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
@@ -45,17 +45,17 @@ def append_group(group, state, params, grads, momentum_buffers, master_params, s
         momentum_buffers.append(buffer)
         if has_step:
             if of_param.get("step") is None:
-                # Where dampening is switched on later, the buffer has seen its first update.
+                # If dampening was switched on later, the buffer has already had its first update.
                 of_param["step"] = torch.full((), float(had_buffer), dtype=torch.float32, device=p.device)
             steps.append(of_param["step"])
 
 
 def gather_calls(param_groups, append) -> OpCalls:
-    """The calls of a step. `append` is :func:`append_group` for an optimizer's state."""
+    """Returns the calls of a step. `append` is :func:`append_group` with an optimizer's state."""
     calls = OpCalls()
     for index, group in enumerate(param_groups):
         params = group["params"]
-        # Most groups have one device; some optimizers have hundreds of groups of one parameter.
+        # Most groups are on one device. Some optimizers have hundreds of groups of one parameter.
         devices = {p.device for p in params} if len(params) != 1 else (params[0].device,)
         if len(devices) == 1:
             (device,) = devices

@@ -18,7 +18,7 @@ def _is_lars(instance: object) -> bool:
 
 
 class _ScriptClass(type):
-    # Objects of a TorchScript class are torch.ScriptObject, and the class itself is no type.
+    # An object of a TorchScript class is a torch.ScriptObject, and the class itself is not a Python type.
     def __instancecheck__(cls, instance: object) -> bool:
         return _is_lars(instance)
 
@@ -26,27 +26,27 @@ class _ScriptClass(type):
 class Lars(metaclass=_ScriptClass):
     r"""LARS whose state is kept under parameter ids that the caller chooses.
 
-    For programs without a ``torch.optim.Optimizer``: TorchScript, and whatever keeps its own list of
-    parameters. The rule is that of :class:`fused_lars.LARS` with ``classic_momentum=True`` (You, Gitman and
-    Ginsburg 2017, algorithm 1); the fused kernels compute it.
+    It is for programs without a ``torch.optim.Optimizer``: TorchScript, and programs that keep their own list
+    of parameters. The rule is that of :class:`fused_lars.LARS` with ``classic_momentum=True`` (You, Gitman
+    and Ginsburg 2017, algorithm 1). The fused kernels compute it.
 
-    ``Lars(base_lr)`` makes an object of the TorchScript class ``torch.classes.fused_lars.Lars``; code that
-    ``torch.jit.script`` compiles uses that name, for the constructor and in annotations. The C++ class is
+    ``Lars(base_lr)`` makes an object of the TorchScript class ``torch.classes.fused_lars.Lars``. Code for
+    ``torch.jit.script`` uses that name, for the constructor and in annotations. The C++ class is
     ``fused_lars::Lars``.
 
     Args:
         base_lr (float): learning rate, finite and >= 0.
 
     Copies and storage: ``copy.deepcopy`` and ``pickle`` copy the settings and the buffers, and a scripted
-    module that holds the object saves them with itself. ``copy.copy`` gives a second name of the same
-    optimizer. ``fused_lars`` must be imported before ``torch.jit.load`` and ``torch.load``, which then needs
+    module that holds the object saves them with itself. ``copy.copy`` gives a second name for the same
+    optimizer. Import ``fused_lars`` before ``torch.jit.load`` and ``torch.load``. ``torch.load`` then needs
     no ``weights_only=False``.
 
     Raises:
         ValueError: by every method, for a value out of range, tensors that do not fit together, repeated ids,
-            a node outside of the graph or one that requires grad and has none. Nothing has changed then. In
-            scripted code the TorchScript interpreter replaces it by a RuntimeError with the same text, as it
-            does with every operator's error.
+            a node outside the graph, or a node that requires grad and has no gradient. Nothing has changed
+            then. In scripted code the TorchScript interpreter replaces it by a RuntimeError with the same
+            text, as it does for every operator.
 
     Example:
         >>> optimizer = fused_lars.Lars(0.1).with_momentum(0.9).with_weight_decay(5e-4)
@@ -57,8 +57,9 @@ class Lars(metaclass=_ScriptClass):
     def __new__(cls, base_lr: float) -> "Lars":
         return torch.classes.fused_lars.Lars(base_lr)
 
-    # An object's methods are those of csrc/torchbind.cpp, not these: `self` is a torch.ScriptObject, so what
-    # follows calls C++ and not itself. It is what type checkers, help() and the API page see.
+    # Type checkers, help() and the API page see these declarations. At run time `self` is a
+    # torch.ScriptObject, whose methods are those of csrc/torchbind.cpp. So each call below reaches C++, not
+    # itself.
 
     def with_momentum(self, momentum: float) -> "Lars":
         """Sets the momentum, in [0, 1), and returns the optimizer. Default: 0."""
@@ -90,8 +91,9 @@ class Lars(metaclass=_ScriptClass):
     def step(self, parameter_id: int, weights: Tensor, grad: Tensor) -> None:
         """Updates ``weights`` in place.
 
-        With momentum, a buffer of the shape and dtype of the weights is kept under the id; it starts at zero,
-        and again when the shape under the id changes. It follows its weights to another dtype or device.
+        With momentum, a buffer with the shape and dtype of the weights is kept under the id. It starts at
+        zero, and starts again at zero when the shape under the id changes. It follows its weights to another
+        dtype or device.
 
         Args:
             parameter_id (int): any integer, the same in every step of these weights.
@@ -101,13 +103,16 @@ class Lars(metaclass=_ScriptClass):
         self.step(parameter_id, weights, grad)
 
     def step_all(self, ids: list[int], weights: list[Tensor], grads: list[Tensor]) -> None:
-        """:meth:`step` for lists of equal length without repetitions, as one fused step for each device."""
+        """Does what :meth:`step` does for lists of equal length without repetitions.
+
+        Each device gets one fused step.
+        """
         self.step_all(ids, weights, grads)
 
     def step_graph_node(self, graph: list[Tensor], node: int) -> None:
         """Steps the leaf tensor ``graph[node]`` with its own ``.grad``, under the id ``node``.
 
-        A leaf that does not require grad is left alone.
+        A leaf that does not require grad is not changed.
         """
         self.step_graph_node(graph, node)
 
@@ -117,7 +122,7 @@ class Lars(metaclass=_ScriptClass):
 
 
 def _rebuild(state: tuple) -> Any:
-    """A Lars from its stored state; the name is in every pickle."""
+    """Makes a Lars from its stored state. Every pickle of a Lars refers to this function by name."""
     lars: Any = torch.ScriptObject.__new__(torch.ScriptObject)
     lars.__setstate__((state, _NAME))
     return lars
@@ -130,7 +135,7 @@ def _reduce(script_object: Any) -> Any:
     return _rebuild, (state,)
 
 
-# By itself pickle makes the object first and sets its state later. A damaged file may leave out the second,
-# and an object of TorchScript without a state crashes the process when it is used.
+# By default pickle makes the object first and sets its state later. A damaged file may leave out the state,
+# and a TorchScript object without state crashes the process when it is used.
 copyreg.pickle(torch.ScriptObject, _reduce)
 torch.serialization.add_safe_globals([_rebuild])

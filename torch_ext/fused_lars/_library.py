@@ -12,7 +12,7 @@ def _load() -> None:
     library = _LIB / "libfused_lars.so"
     if not library.is_file():
         raise ImportError(f"{library} is missing: the C++ part is not built. {_BUILD}")
-    # C++ libraries hold for one series of torch, 2.14 say; a wrong one may load and fail later.
+    # A C++ library works with one torch series only, such as 2.14. With another it may load and fail later.
     built_for = (_LIB / "torch-version.txt").read_text().strip()
     if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
@@ -32,23 +32,24 @@ _config = torch.ops.fused_lars.config()
 
 __version__: str = _config["version"]
 
-# For CMake: -DCMAKE_PREFIX_PATH of find_package(fused_lars), as torch.utils.cmake_prefix_path is for Torch.
+# The CMAKE_PREFIX_PATH for find_package(fused_lars), like torch.utils.cmake_prefix_path for Torch.
 cmake_prefix_path: str = str(Path(__file__).parent / "share" / "cmake")
 
 
 class _Lines(str):
-    """A text that a prompt shows as print() does."""
+    """A string that a Python prompt shows as print() does."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def show_config() -> str:
-    """What the library was built from and what it uses on this machine.
+    """Describes what the library was built from and what it uses on this machine.
 
     Returns:
-        Lines of text with the version, the torch and the CUDA (with its architectures) that it was built
-        with, and the instruction set that the CPU step has chosen. A prompt shows them as ``print`` does.
+        Lines of text: the version, the torch and the CUDA (with its architectures) that the library was built
+        with, and the instruction set and the number of threads of the CPU step. A Python prompt shows them as
+        ``print`` does.
     """
     return _Lines(
         f"fused_lars {__version__}\n"

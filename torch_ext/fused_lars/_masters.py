@@ -1,4 +1,4 @@
-"""fp32 masters: they take over what was written into their parameters since the step before."""
+"""Updates fp32 masters when something has written into their parameters between steps."""
 
 from operator import is_
 
@@ -10,19 +10,19 @@ from ._torch_internals import is_dtensor_like, is_under_dispatch_mode, local_of,
 
 
 def take_over(param: Tensor, master: Tensor) -> None:
-    """Gives `master` the elements of `param` that it does not round to; the others keep their low bits."""
-    # As bits, since Inductor leaves out a rounding whose result is only compared as a value.
+    """Copies into `master` the elements of `param` that it does not round to. Others keep their low bits."""
+    # Compares bits, because Inductor drops a rounding whose result is only compared as a value.
     param_bits, rounded_bits = (t.detach().view(torch.int16) for t in (param, master.to(param.dtype)))
     master.copy_(torch.where(param_bits != rounded_bits, param, master))
 
 
 class WrittenParams:
-    """Finds the parameters with a master that were written since the last step, most often none.
+    """Finds the parameters with a master that were written since the last step. Usually there are none.
 
-    A write raises a tensor's version counter, and ``param.data = ...`` most often changes its address. Where
-    these are not known, after a load or a copy for one, values are compared; what is kept here only saves
-    that. A write through ``param.data``, such as ``param.data.copy_(...)``, changes neither and is not
-    noticed.
+    A write raises a tensor's version counter, and ``param.data = ...`` usually changes its address. If the
+    last versions and addresses are unknown, for example after a load or a copy, values are compared instead.
+    So this class only saves comparisons. A write through ``param.data``, such as ``param.data.copy_(...)``,
+    changes neither and is not noticed.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class WrittenParams:
         self._addresses: list = []
 
     def before_step(self, param_groups, state) -> None:
-        """Lets the masters in `state` take over what was written."""
+        """Copies what was written into the masters in `state`."""
         groups = [group for group in param_groups if group["master_weights"]]
         params: list[Tensor] = []
         for group in groups:
@@ -43,7 +43,7 @@ class WrittenParams:
             self._has_dtensors = any(map(is_dtensor_like, params))
         before = self._versions, self._addresses
         self._versions, self._addresses = after = self._get_versions(), self._get_addresses()
-        # A captured graph and a traced program run without this, so they compare values every time.
+        # A captured graph and a traced program do not run this code, so they compare values every time.
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if is_captured or is_under_dispatch_mode():
             known = False
@@ -60,28 +60,28 @@ class WrittenParams:
                         _take_over_if_it_fits(p, state[p].get("master_param"))
 
     def after_step(self) -> None:
-        """What is written from now on was written by others."""
+        """Takes the versions after the step's own writes. Any later write comes from elsewhere."""
         self._versions = self._get_versions()
 
     def _get_versions(self) -> list:
         try:
-            if self._has_dtensors:  # which count apart from what they hold
+            if self._has_dtensors:  # a DTensor and its local tensor have a version each
                 return [version_of(p) + version_of(local_of(p)) for p in self._params]
             return [*map(version_of, self._params)]
-        except RuntimeError:  # a tensor of inference mode has none
-            return [object() for _ in self._params]  # which equal no other
+        except RuntimeError:  # an inference tensor has no version
+            return [object() for _ in self._params]  # equal to no other
 
     def _get_addresses(self) -> list:
         try:
             return [
                 *map(Tensor.data_ptr, map(local_of, self._params) if self._has_dtensors else self._params)
             ]
-        except RuntimeError:  # a fake tensor has none
+        except RuntimeError:  # a fake tensor has no address
             return [object() for _ in self._params]
 
 
 def _take_over_if_it_fits(param: Tensor, master: Tensor | None) -> None:
-    # What does not fit is for the op to refuse.
+    # The op refuses a master that does not fit.
     if (
         master is not None
         and param.dtype in HALF

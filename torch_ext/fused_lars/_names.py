@@ -1,4 +1,4 @@
-"""The name of a parameter for errors and records."""
+"""The names of parameters in errors and records."""
 
 
 def parameter_name(group, group_index: int, index: int) -> str:
@@ -8,7 +8,7 @@ def parameter_name(group, group_index: int, index: int) -> str:
 
 
 def name_in_group(group, index: int) -> str | None:
-    """None for a parameter that was given without a name, or put into the list later."""
+    """A parameter's name. None if it was given without one, or was put into the list later."""
     names = group.get("param_names", ())
     return names[index] if index < len(names) else None
 

@@ -23,7 +23,7 @@ from ._names import parameter_name
 get_hyperparameters = itemgetter(*HYPERPARAMETERS)
 _MASTER_WEIGHTS = HYPERPARAMETERS.index("master_weights")
 
-# What the op takes as it is; most often nothing is there but these.
+# The op takes these as they are. Other types are rare.
 _NUMBER_TYPES, _BOOLS = {float, int}, {True, False}
 
 
@@ -50,23 +50,23 @@ class OpCall:
         self.differentiable = differentiable
         self.lists = empty_lists()
         self.params = self.lists.params
-        # What the op gets. Other lists than `lists` where there are DTensors, which are in those.
+        # What the op gets. With DTensors it has their local tensors, while `lists` has the DTensors.
         self.local = self.lists
         self.group_ends: list[int] = []
         self.group_indices: list[int] = []  # in param_groups
         self.hyperparameters: list[tuple] = []
-        # Of sharded parameters: the norms of whole tensors, and whether any rank has to skip the step.
+        # For sharded parameters: the norms of whole tensors, and whether any rank has to skip the step.
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
-        # C++ keeps `local`, without gradients, for a call that is made again.
-        self._kept: Any = None  # of torch.classes, whose methods no type checker knows
+        # `local` without gradients, kept in C++ for a call that is repeated.
+        self._kept: Any = None  # type checkers do not know its methods
 
     @property
     def is_sharded(self) -> bool:
         return self.local is not self.lists
 
     def add_lists(self, lists: TensorLists, local: TensorLists | None = None) -> None:
-        """Adds tensors of a group; `local` is given for all groups of a sharded call or for none."""
+        """Adds tensors of a group. A sharded call gets `local` for all its groups, others for none."""
         if local is not None and not self.is_sharded:
             self.local = empty_lists()
         for own, more in ((self.lists, lists), (self.local, local)):
@@ -75,7 +75,7 @@ class OpCall:
                     tensors += more_tensors
 
     def end_group(self, group, index: int) -> None:
-        """Ends the part of param_groups[index], which begins where the group before ended."""
+        """Ends the tensors of param_groups[index]. They begin where the group before ended."""
         self.group_ends.append(len(self.params))
         self.group_indices.append(index)
         # torch.compile does not look into an itemgetter.
@@ -84,14 +84,14 @@ class OpCall:
         self.hyperparameters.append(values)
 
     def take_hyperparameters(self, param_groups) -> None:
-        """Takes what the call's groups have now."""
+        """Takes the present hyperparameters of the call's groups."""
         self.hyperparameters = [get_hyperparameters(param_groups[index]) for index in self.group_indices]
 
     def group_sizes(self) -> list[int]:
         return [end - begin for begin, end in zip([0, *self.group_ends], self.group_ends)]
 
     def masters(self):
-        """Pairs of a parameter that has a master and the master."""
+        """Yields each parameter that has a master, with its master."""
         masters = iter(self.lists.master_params)
         begins = [0, *self.group_ends]
         for begin, end, values in zip(begins, self.group_ends, self.hyperparameters):
@@ -99,11 +99,11 @@ class OpCall:
                 yield from ((p, next(masters)) for p in self.params[begin:end] if p.dtype in HALF)
 
     def run(self, grad_scale, found_inf, record, workspace, check_only=False) -> None:
-        """Makes the call; `record`, see _records.py, and `workspace` may be None."""
+        """Makes the call. `record` (see _records.py) and `workspace` may be None."""
         device = self.device
         values = hyperparameter_lists(self.hyperparameters)
         overload = "default"
-        # A trace takes a number of a list for a constant, and a tensor for an input.
+        # In a traced program, a number in a list is a constant and a tensor is an input.
         if torch.compiler.is_compiling() or not _NUMBER_TYPES.issuperset(map(type, values["lr"])):
             overload = self._prepare_lr(values)
         ops = torch.ops.fused_lars
@@ -129,7 +129,7 @@ class OpCall:
             )
 
     def keep(self) -> None:
-        """Keeps all but the gradients for the next time that this call is made."""
+        """Keeps everything but the gradients for the next time that this call is made."""
         if self._kept is None and not self.reference:
             params, _, *state = self.local
             self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
@@ -150,10 +150,10 @@ class OpCall:
         )
 
     def _prepare_lr(self, values) -> str:
-        """Learning rates of other types, as the op takes them; returns the overload that does."""
+        """Converts learning rates of other types for the op, and returns the overload that takes them."""
         for index, lr in enumerate(values["lr"]):
             if isinstance(lr, Tensor):
-                # The fused kernels check what the host reads; the reference does not read.
+                # The fused kernels check an lr that the host reads. The reference does not read it.
                 if self.reference and host_reads(lr):
                     of_group = {name: of_groups[index] for name, of_groups in values.items()}
                     check_hyperparameters({**of_group, "lr": lr.item()}, index)
@@ -166,7 +166,7 @@ class OpCall:
 
 
 class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
-    """The calls of a step, by device and way to compute. Makes a call that is missing."""
+    """The calls of a step, by device and way to compute. A missing call is made."""
 
     def __missing__(self, key) -> OpCall:
         call = self[key] = OpCall(*key)
@@ -174,7 +174,7 @@ class OpCalls(dict[tuple[torch.device, bool, bool], OpCall]):
 
 
 def way_to_compute(group, group_index: int, device: torch.device) -> tuple[bool, bool]:
-    """Whether a group is stepped by ordinary operators, and whether autograd follows.
+    """Returns whether ordinary operators step a group, and whether autograd follows the step.
 
     Raises:
         RuntimeError: a parameter with fused=True and a gradient is on a device without fused kernels.
@@ -191,7 +191,7 @@ def uses_ordinary_operators(group) -> bool:
 
 
 def hyperparameter_lists(of_groups: list[tuple]) -> dict[str, list]:
-    """The op's lists of hyperparameters by name, from those of each group in the order of HYPERPARAMETERS."""
+    """Turns the values of each group, in the order of HYPERPARAMETERS, into the op's lists by name."""
     values = dict(zip(HYPERPARAMETERS, map(list, zip(*of_groups))))
     if not _BOOLS.issuperset(values["layer_adaptation"]):
         _resolve_adaptation(values)
@@ -199,7 +199,7 @@ def hyperparameter_lists(of_groups: list[tuple]) -> dict[str, list]:
 
 
 def _resolve_adaptation(values) -> None:
-    """layer_adaptation="decayed": where nothing is decayed the step is plain, without a clip too."""
+    """Resolves layer_adaptation="decayed". A group without weight decay gets no adaptation and no clip."""
     for index, adaptation in enumerate(values["layer_adaptation"]):
         check_adaptation(adaptation, index)
         if adaptation == "decayed":
@@ -216,7 +216,7 @@ def on_device(tensor: None, device: torch.device) -> None: ...
 
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A scalar where a step reads it; the copy does not block, unless it is the host that will read."""
+    """Returns a scalar on the device where a step reads it. The copy blocks only if the host will read it."""
     return None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu")
 
 

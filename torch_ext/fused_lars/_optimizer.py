@@ -32,8 +32,8 @@ Loss = TypeVar("Loss")
 class LARS(ReadsRecords, Optimizer):
     r"""Implements layer-wise adaptive rate scaling (LARS) with fused kernels.
 
-    For a parameter ``w``, its gradient ``g`` and its momentum buffer ``v``, with the L2 norm ``|.|`` of the
-    whole parameter (of the global tensor where it is a ``DTensor``)::
+    The rule for a parameter ``w`` with gradient ``g`` and momentum buffer ``v`` is as follows. ``|.|`` is the
+    L2 norm over the whole parameter (over the global tensor if it is a ``DTensor``)::
 
         g' = (maximize ? -g : g) / grad_scale
         q  = trust_coefficient * |w| / (|g'| + weight_decay * |w| + eps)
@@ -46,8 +46,8 @@ class LARS(ReadsRecords, Optimizer):
         v  = momentum * v + (1 - dampening) * u                             otherwise
         w  = w - lr * (nesterov ? u + momentum * v : v)
 
-    Before ``trust_clip``, ``q`` is 1 where a norm is 0 or NaN, and without ``layer_adaptation``. The rule is
-    that of You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
+    Before ``trust_clip``, ``q`` is 1 if a norm is 0 or NaN, or without ``layer_adaptation``. The rule comes
+    from You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks`_ (2017), equation 6 and
     algorithm 1.
 
     The two momentum conventions give the same steps while lr is constant. When lr changes, the classic one
@@ -55,58 +55,60 @@ class LARS(ReadsRecords, Optimizer):
     (``torch.optim.SGD``, timm, lightly) scales them with the new lr.
 
     Parameters are fp32, fp64, fp16 or bf16 tensors of any shape and strides. fp16 and bf16 are computed in
-    fp32. Every argument below except ``params`` can be overridden in a parameter group. Those after
-    ``momentum`` are keywords, since other optimizers have them in other orders.
+    fp32. A parameter group can override every argument below except ``params``. The arguments after
+    ``momentum`` are keyword-only, because other optimizers have them in other orders.
 
     Args:
         params (iterable): parameters, named parameters, or dicts of parameter groups; see
             :func:`fused_lars.param_groups`.
-        lr (float or Tensor): learning rate, finite and >= 0. A Tensor has one element. One on the parameters'
-            device is read there by the kernels, so that a captured CUDA graph follows its changes; one on the
-            CPU is read by the host in every step, as a float is. Default: 1.0.
+        lr (float or Tensor): learning rate, finite and >= 0. A Tensor has one element. If it is on the
+            parameters' device, the kernels read it there, so a captured CUDA graph follows its changes. If it
+            is on the CPU, the host reads it in every step, like a float. Default: 1.0.
         momentum (float): in [0, 1). At 0 no momentum buffer is kept. Default: 0.
         weight_decay (float): finite and >= 0; part of the update and of the trust ratio. Default: 0.
         trust_coefficient (float): finite and > 0. Default: 0.001.
         decayed_norm (bool): divide by the norm of the decayed gradient, as SimCLR, BYOL, Barlow Twins,
-            VICReg, DINO, MoCo v3, MAE and optax do. The paper adds both norms. It is the norm of the vector
-            that the update scales, as computed: near ``g' = -weight_decay * w`` it is off by about one
-            rounding of ``weight_decay * |w|``. Default: False.
+            VICReg, DINO, MoCo v3, MAE and optax do. The paper adds both norms instead. The norm is that of
+            the computed vector that the update scales. So near ``g' = -weight_decay * w`` it is off by about
+            one rounding of ``weight_decay * |w|``. Default: False.
         eps (float): added to the trust ratio's denominator, finite and >= 0. Default: 0.
-        dampening (float): in [0, 1]; with ``classic_momentum=False`` only. The first update applied to a
+        dampening (float): in [0, 1]; only with ``classic_momentum=False``. The first update applied to a
             parameter is not damped, as in torch. Default: 0.
-        nesterov (bool): Nesterov momentum; needs a momentum and no dampening. Default: False.
+        nesterov (bool): Nesterov momentum; needs momentum and no dampening. Default: False.
         maximize (bool): maximize the objective: the gradient is negated first. Default: False.
         trust_clip (bool): use ``min(q / lr, 1)`` for q, as LARC does. Default: False.
-        layer_adaptation (bool or "decayed"): False sets q to 1: momentum SGD, meant for bias and
-            normalisation parameters. "decayed" is True where weight_decay > 0; elsewhere it is False and
-            switches trust_clip off too, for groups that know only weight_decay. Default: True.
+        layer_adaptation (bool or "decayed"): False sets q to 1, which is momentum SGD, for bias and
+            normalisation parameters. "decayed" means True in a group with weight_decay > 0. In other groups
+            it means False and also switches trust_clip off. It is for groups that only set weight_decay.
+            Default: True.
         classic_momentum (bool): the momentum convention, see above. Default: True.
         master_weights (bool): keep an fp32 copy ("master_param") and an fp32 momentum buffer for each fp16 or
-            bf16 parameter; the update is applied to the copy and rounded to the parameter. What is written
-            into the parameter between steps (a clamp, loaded weights) replaces the copy's elements that no
-            longer round to it. ``param.data.copy_(...)`` and other writes through ``.data`` are not noticed:
-            write under ``torch.no_grad()``. Default: False.
+            bf16 parameter. The update is applied to the copy and then rounded to the parameter. If something
+            is written into the parameter between steps (a clamp, loaded weights), the copy takes the elements
+            that it no longer rounds to. ``param.data.copy_(...)`` and other writes through ``.data`` are not
+            noticed: write under ``torch.no_grad()``. Default: False.
         foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
         capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
         differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
-        fused (bool, optional): None takes the fused kernels where the device has them and ordinary operators
-            elsewhere; True makes a parameter without a fused kernel an error; False never takes them. True
-            also leaves it to the kernels to divide by a ``GradScaler``'s scale and to skip after an overflow:
-            nothing waits for the device, gradients stay scaled, and they may be fp16. Otherwise
-            the scaler does both before :meth:`step`, as with torch's own optimizers, so that clipping and
-            frameworks that ask whether a step was skipped work. Default: None.
+        fused (bool, optional): None uses the fused kernels if the device has them, else ordinary operators.
+            False never uses the fused kernels. True makes a parameter without a fused kernel an error. With
+            True the kernels also divide by a ``GradScaler``'s scale and skip the step after an overflow:
+            nothing waits for the device, gradients stay scaled, and they may be fp16. Otherwise the scaler
+            does both before :meth:`step`, as with torch's own optimizers. So clipping works, and so do
+            frameworks that ask whether a step was skipped. Default: None.
 
     Raises:
-        ValueError: a value out of range, options that exclude each other, an empty parameter list, or, in
-            :meth:`step`, tensors that do not fit together. Nothing has changed then.
-        RuntimeError: ``fused=True`` for a parameter that has no fused kernel (on meta: in :meth:`step`, since
-            it is made real before), or together with ``foreach`` or ``differentiable``.
+        ValueError: a value is out of range, options exclude each other, the parameter list is empty, or, in
+            :meth:`step`, tensors do not fit together. Nothing has changed then.
+        RuntimeError: ``fused=True`` with a parameter that has no fused kernel, or together with ``foreach``
+            or ``differentiable``. For a parameter on meta, only :meth:`step` raises it, because the parameter
+            usually gets its memory before that.
 
     State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
-    ``master_param`` (fp32) and, with dampening, ``step`` (the updates applied, one fp32 element). A loaded
-    fp32 buffer of an fp16 or bf16 parameter stays fp32. A gradient that holds NaN or inf reaches the weights
-    as in ``torch.optim.SGD``, and a NaN leaves the rest of its layer with a trust ratio of 1, unless a
-    ``GradScaler`` found it: then the step changes nothing.
+    ``master_param`` (fp32) and, with dampening, ``step`` (the number of updates applied, one fp32 element). A
+    loaded fp32 buffer of an fp16 or bf16 parameter stays fp32. NaN or inf in a gradient reaches the weights,
+    as in ``torch.optim.SGD``. A NaN gives the rest of its layer a trust ratio of 1. If a ``GradScaler`` has
+    found the NaN or inf, the step changes nothing.
 
     Example:
         >>> groups = fused_lars.param_groups(model, weight_decay=1e-4)
@@ -166,11 +168,11 @@ class LARS(ReadsRecords, Optimizer):
         self._choose_amp_scaling()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The base class loads a state by this too, and a copy has nothing yet.
+        # The base class also calls this to load a state. A copy has no attributes yet.
         groups, seen = getattr(self, "param_groups", ()), getattr(self, "_seen_params", SeenParams())
         super().__setstate__(state)
         self._stepper = Stepper()
-        # Groups of a checkpoint or a pickle that an older version wrote.
+        # A checkpoint or a pickle of an older version lacks these options.
         for name, value in ADDED_OPTIONS.items():
             self.defaults.setdefault(name, value)
             for group in self.param_groups:
@@ -185,7 +187,7 @@ class LARS(ReadsRecords, Optimizer):
         self._seen_params = seen.of_same_groups(groups, self.param_groups)
 
     def __copy__(self) -> "LARS":
-        """A shallow copy: it shares parameters, state and groups, and what steps record."""
+        """Makes a shallow copy. It shares parameters, state, groups and the records of steps."""
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
         twin._stepper = self._stepper
@@ -196,17 +198,18 @@ class LARS(ReadsRecords, Optimizer):
         return self._stepper.records
 
     def _choose_amp_scaling(self) -> None:
-        # Read by GradScaler, and by frameworks that clip gradients, as it is of torch's fused optimizers.
+        # GradScaler reads this, and so do frameworks that clip gradients. torch's fused optimizers have it
+        # too.
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, a dict with ``params`` and overrides of any option, after checking its options.
+        """Checks the options of a group and adds it: a dict with ``params`` and overrides of any option.
 
         Raises:
             ValueError: as the constructor does.
             RuntimeError: as the constructor does.
         """
-        # What is no dict, or holds an unordered set, is the base class's error.
+        # The base class raises the error if this is not a dict, or holds an unordered set.
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             group = {**self.defaults, **param_group}
             check_group(group)
@@ -224,7 +227,7 @@ class LARS(ReadsRecords, Optimizer):
         self._first_constants = [*map(_constants, self.param_groups)]
 
     def _look_at_params(self, index) -> None:
-        """Looks at a group's parameters, which are new or others than before."""
+        """Looks at the parameters of a group that is new or has had its parameters replaced."""
         self._seen_params.look(self.param_groups[index], index)
         sharding = _sharding_module()
         if sharding and sharding.has_dtensors(self.param_groups[index], index) and self._sharding is None:
@@ -235,7 +238,7 @@ class LARS(ReadsRecords, Optimizer):
             self._look_at_params(index)
 
     def _is_traceable(self) -> bool:
-        # A trace takes these for constants, and a schedule of one would be compiled anew in every step.
+        # A trace makes these numbers constants. A schedule of one would compile the step again every time.
         if [_constants(group) for group in self.param_groups] != self._first_constants:
             return False
         if self._sharding is not None or not all(map(uses_ordinary_operators, self.param_groups)):
@@ -243,18 +246,18 @@ class LARS(ReadsRecords, Optimizer):
         return not any(is_dtensor_like(p) for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of LARS, in torch's format.
+        """Loads a state_dict of LARS, in torch's format.
 
-        Hyperparameters are those of the saved run; ``foreach``, ``capturable``, ``differentiable`` and
+        Hyperparameters become those of the saved run. ``foreach``, ``capturable``, ``differentiable`` and
         ``fused`` stay those of this optimizer. fp32 state of fp16 and bf16 parameters stays fp32, bit by bit.
 
         Raises:
-            ValueError: the state is of another optimizer, or does not fit the parameters. Nothing has changed
-                then.
+            ValueError: the state comes from another optimizer, or does not fit the parameters. Nothing has
+                changed then.
         """
         loaded, own = {}, implementations(self.param_groups)
 
-        # Hooks, so that hooks of users before and after see what they would see without ours.
+        # These are hooks, so that a user's own hooks see the same as they would without them.
         def before(_, state_dict) -> None:
             loaded.update(state_dict)
             sharding = _sharding_module()
@@ -284,7 +287,7 @@ class LARS(ReadsRecords, Optimizer):
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Performs one step, in place.
 
-        All groups go to one op call for each device. Parameters without a gradient are left alone.
+        All groups go to one op call for each device. Parameters without a gradient are not changed.
 
         Args:
             closure (callable, optional): reevaluates the model with grad enabled and returns the loss.
@@ -294,12 +297,12 @@ class LARS(ReadsRecords, Optimizer):
 
         Raises:
             ValueError: a gradient or state tensor does not fit its parameter (shape, dtype, device, sparse
-                layout), or an option of a group is no longer allowed; a framework has put flat tensors in the
-                place of parameters; or the ranks that share ``DTensor`` parameters do not step them alike.
+                layout), or an option of a group is no longer allowed; a framework has replaced parameters by
+                flat tensors; or the ranks that share ``DTensor`` parameters do not step them alike.
             RuntimeError: ``fused=True`` and a parameter on a device without fused kernels; or another rank
                 that shares parameters has an error.
-                Nothing has changed then, on all ranks that share parameters. Where these are on an
-                accelerator, the step changes nothing and it is the next one that raises what other ranks see.
+                After an error nothing has changed on any rank that shares the parameters. If they are on an
+                accelerator, the step changes nothing, and what other ranks see is raised by their next step.
         """
         check_graph_capture(self)
         loss: Loss | None = None
@@ -319,18 +322,18 @@ class LARS(ReadsRecords, Optimizer):
         for call in gather_calls(self.param_groups, self._init_group).values():
             if not call.params:
                 continue
-            # A trace keeps nothing from one step to the next: all values of masters are compared.
+            # A trace keeps nothing between steps, so all values of masters are compared.
             with torch.set_grad_enabled(call.differentiable):
                 for param, master in call.masters():
                     take_over(param, master)
             call.run(grad_scale, found_inf, None, None)
 
-    # torch.compile runs a method of this name as it is, instead of tracing it.
+    # torch.compile does not trace a method of this name. It runs it as it is.
     def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
         append_group(group, self.state, params, grads, momentum_buffers, master_params, steps)
 
-    # One op has nothing to be fused with. A trace of it would check every parameter in every step, and would
-    # be made anew for every value of an option.
+    # Not traced, because a single op has nothing to be fused with. A trace would check every parameter in
+    # every step, and each new value of an option would compile it again.
     @disable_dynamo
     def _step(self, grad_scale, found_inf) -> None:
         inputs = StepInputs(self.param_groups, self.state, grad_scale, found_inf)
@@ -340,12 +343,12 @@ class LARS(ReadsRecords, Optimizer):
 
 
 def _constants(group) -> tuple:
-    """The numbers of a group but for the learning rate."""
+    """The numbers of a group, except the learning rate."""
     return tuple([group[name] for name in NUMBERS if name != "lr"])
 
 
 def _sharding_module():
-    """_sharding.py where there can be DTensors; elsewhere it would make torch import for a second."""
+    """Returns _sharded/sharding.py if there can be DTensors. Otherwise its import would cost a second."""
     if "torch.distributed.tensor" not in sys.modules:
         return None
     from ._sharded import sharding

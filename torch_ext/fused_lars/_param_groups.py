@@ -1,4 +1,4 @@
-"""Parameter groups for LARS: bias, normalisation and other vectors without weight decay and adaptation."""
+"""Parameter groups for LARS. Biases, normalisation and other vectors get no weight decay or adaptation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -25,12 +25,12 @@ _NORMALISATION_NAMES = {
 
 
 def _is_vector_or_bias(name: str, param: nn.Parameter) -> bool:
-    is_vector = param.ndim <= 1 and not is_lazy(param)  # which has no shape yet
+    is_vector = param.ndim <= 1 and not is_lazy(param)  # a lazy parameter has no shape yet
     return is_vector or name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # What torch.jit or torch.fx has made of a module keeps the name of its class.
+    # torch.jit and torch.fx replace a module by one that only keeps the name of its class.
     name = None
     if isinstance(module, torch.jit.ScriptModule):
         name = module.original_name
@@ -40,7 +40,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_no_type(module: nn.Module, in_graph: bool) -> bool:
-    """Whether a module is what torch.export or torch.fx puts parameters into, whatever had them before."""
+    """Whether torch.export or torch.fx made this module to hold parameters, whatever held them before."""
     kind = type(module)
     return in_graph and (
         kind is nn.Module or kind.__name__ == "GraphModule" or kind.__module__ == "torch.export.unflatten"
@@ -57,28 +57,29 @@ def param_groups(
     """Splits a model's parameters as large-batch recipes do (MLPerf's ResNet reference, BYOL, Barlow Twins).
 
     Args:
-        model: the model, or several, whose parameters have the model's place in front of their names, as in a
-            ``torch.nn.ModuleList``. ``DTensor`` parameters and models of ``torch.jit`` are fine.
+        model: the model, or an iterable of models. With an iterable, the names of parameters begin with the
+            index of their model, as in a ``torch.nn.ModuleList``. ``DTensor`` parameters and models of
+            ``torch.jit`` are allowed.
         weight_decay: of the first group, finite and >= 0. Default: 0.
         exclude: called with a parameter's full name and the parameter; True puts a weight into the second
             group too.
-        named: whether the groups hold pairs of a name and a parameter, so that errors and state_dicts have
-            the names. ``torch.distributed.optim.ZeroRedundancyOptimizer`` takes parameters alone.
+        named: whether the groups hold pairs of a name and a parameter. Errors and state_dicts then have the
+            names. ``torch.distributed.optim.ZeroRedundancyOptimizer`` only takes parameters without names.
 
     Returns:
-        Two groups for :class:`fused_lars.LARS`, with every parameter in exactly one. The first has the
-        weights, with ``weight_decay``. The second has bias and normalisation parameters and all others of at
-        most one dimension (the scales of LayerScale, PReLU's slopes), with ``weight_decay=0,
-        layer_adaptation=False``. A bias is called so (``bias``, ``in_proj_bias``, ``bias_ih_l0``); a
-        normalisation layer is torch's, or a class that inherits from it. A parametrization is taken for the
-        parameter that it makes. A parameter that several modules share counts where
-        ``model.named_parameters()`` names it first. Scales of more dimensions, (C, 1, 1) in torchvision's
-        ConvNeXt, are for ``exclude``.
+        Two groups for :class:`fused_lars.LARS`. Every parameter is in exactly one of them. The first has
+        ``weight_decay`` and holds the weights. The second has ``weight_decay=0, layer_adaptation=False`` and
+        holds bias and normalisation parameters and all others of at most one dimension (LayerScale's scales,
+        PReLU's slopes). A bias is known by its name (``bias``, ``in_proj_bias``, ``bias_ih_l0``). A
+        normalisation layer is one of torch's classes or a subclass. The parameters of a parametrization are
+        treated like the parameter that they make. A parameter that several modules share is treated as
+        ``model.named_parameters()`` first names it. Scales with more dimensions, such as (C, 1, 1) in
+        torchvision's ConvNeXt, need ``exclude``.
 
     Raises:
         TypeError: `model` is something else.
-        ValueError: a parameter of several dimensions is in a module of ``torch.export`` or ``torch.fx`` that
-            no longer says what it was, and there is no ``exclude`` to decide.
+        ValueError: a parameter with several dimensions is in a module of ``torch.export`` or ``torch.fx``
+            that no longer tells what it was, and there is no ``exclude`` to decide.
     """
     if not isinstance(model, nn.Module):
         models = list(model) if isinstance(model, Iterable) else [model]
@@ -95,7 +96,7 @@ def param_groups(
     weights: list[Any] = []
     others: list[Any] = []
     seen = set()
-    # What a parametrization's own parameters stand for.
+    # For each parametrization: the module and the name of the parameter that it makes.
     parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}
     for prefix, module in model.named_modules():
         if is_parametrized(module):
@@ -123,7 +124,7 @@ def param_groups(
         {"params": others, "weight_decay": 0.0, "layer_adaptation": False},
     ]
     for group in groups if named else ():
-        # torch takes an empty group for one without names and refuses it beside one with names.
+        # torch takes an empty group for one without names, and refuses it beside a group with names.
         if not group["params"]:
             group["param_names"] = []
     return groups

@@ -1,4 +1,4 @@
-"""A step whose arguments stay in C++ from one step to the next, for as long as they are the same tensors."""
+"""A step whose arguments stay in C++ from one step to the next, as long as they are the same tensors."""
 
 from itertools import chain
 from operator import itemgetter
@@ -17,11 +17,11 @@ _get_needs = itemgetter("momentum", "dampening", "master_weights", *_WAY_TO_COMP
 
 
 class PreparedStep:
-    """The only op call of a step, ready to be made again.
+    """The only op call of a step, ready to be repeated.
 
-    To hand an op all tensors takes the host longer than the op's checks. This hands over what can change from
-    step to step: options, where they did, and gradients, which C++ reads off the parameters. Whether
-    parameters and state are still the same is seen by identity. Whatever else changed in them, the op checks.
+    Handing all tensors to an op takes the host longer than the op's checks. So this hands over only what can
+    change between steps: options, if they changed, and gradients, which C++ reads from the parameters.
+    Parameters and state are compared by identity. If anything else in them has changed, the op checks it.
     """
 
     def __init__(self, call: OpCall, param_groups, state, record: Record, workspace) -> None:
@@ -43,8 +43,9 @@ class PreparedStep:
 
     @classmethod
     def of(cls, calls, param_groups, state, records, workspaces) -> "PreparedStep | None":
-        """The step that `calls` were. None where it cannot be prepared: several calls, ordinary operators, lr
-        as a tensor, DTensors.
+        """Prepares the step that made `calls`.
+
+        Returns None if it cannot be prepared: several calls, ordinary operators, lr as a tensor, DTensors.
         """
         if len(calls) != 1:
             return None
@@ -59,10 +60,10 @@ class PreparedStep:
             return None  # parameters that keep different kinds of state
 
     def fits(self, param_groups, state) -> bool:
-        """Whether a step of these groups is this call, but for the gradients."""
+        """Whether a step of these groups is this call, apart from the gradients."""
         if not self._params.are_still(param_groups) or not self._state.is_still(state):
             return False
-        # A captured graph keeps what it writes.
+        # Records.of_call must see a capture, because the graph goes on writing to the record.
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
         options = [*map(_get_options, param_groups)]
@@ -71,9 +72,9 @@ class PreparedStep:
         return options == self._options or self._hand_over(param_groups, options)
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Makes the step. Returns False, and has done nothing, if it does not fit or is refused.
+        """Makes the step. Returns False, with nothing done, if it does not fit or is refused.
 
-        The step that is gathered anew then finds out why.
+        The caller then gathers the step again, and that finds out why.
         """
         try:
             done = self._run(
@@ -101,6 +102,6 @@ class PreparedStep:
 
 
 def needs(group) -> tuple:
-    """What decides which tensors a group's call has, and how it is computed."""
+    """The options that decide which tensors a group's call has, and how it is computed."""
     momentum, dampening, *others = _get_needs(group)
     return (bool(momentum), bool(dampening), *others)

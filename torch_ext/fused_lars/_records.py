@@ -1,4 +1,4 @@
-"""What steps leave to be looked at: the trust ratio and the norms of every parameter."""
+"""Records the trust ratio and the norms of every parameter in a step."""
 
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -12,14 +12,14 @@ Value = TypeVar("Value", Tensor, float)
 
 
 class LayerNorms(NamedTuple, Generic[Value]):
-    """The L2 norms of a parameter in a step; JSON has no tuples and makes a list of it."""
+    """The L2 norms of a parameter in a step. It becomes a list in JSON, which has no tuples."""
 
     weight: Value
     grad: Value
 
 
 class Record:
-    """What a call writes the trust ratios and norms of its parameters to, as long as they stay the same."""
+    """The tensors that a call writes trust ratios and norms to, kept while its parameters are the same."""
 
     def __init__(self, device: torch.device, params: list[Tensor], param_ids: list[int]) -> None:
         self.params = params
@@ -35,12 +35,12 @@ class Records(dict[tuple, Record]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._captured: list[Record] = []  # that graphs go on to write
+        self._captured: list[Record] = []  # captured graphs go on writing to these
 
     def of_call(self, key, params: list[Tensor]) -> Record:
-        """What a call is to write: that of the last step, or a new one where the parameters are others."""
+        """Returns a call's record: that of the last step, or a new one if the parameters differ."""
         device, record = key[0], self.get(key)
-        # A call that is made again has the very list that it had.
+        # A repeated call has the same list as before.
         if record is None or record.params is not params:
             ids = [*map(id, params)]
             if record is None or record.param_ids != ids:
@@ -52,9 +52,9 @@ class Records(dict[tuple, Record]):
         return record
 
     def take(self, records: dict[tuple, Record]) -> bool:
-        """Makes `records` those of the last step, in place, since wrappers hold what an optimizer once held.
+        """Makes `records` those of the last step, in place, since wrappers may hold this object.
 
-        Returns whether they were that already: the calls have the parameters of the step before.
+        Returns whether they were those already, which means that the calls have the same parameters.
         """
         is_repeated = records == self
         self.clear()
@@ -103,18 +103,19 @@ class ReadsRecords:
     def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
 
     def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """The trust ratio q that the last step used, of every parameter that had a gradient.
+        """Returns the trust ratio q that the last step used for each parameter with a gradient.
 
         Args:
-            by_name (bool): the keys are names, as in :func:`fused_lars.param_groups`; of a parameter without
-                one, its place in ``param_groups``. Default: False, the keys are parameters.
-            as_numbers (bool): the values are floats, for which the host waits for the step. Default: False.
+            by_name (bool): True: the keys are names, as in :func:`fused_lars.param_groups`; the key of a
+                parameter without a name is its place in ``param_groups``. False: the keys are parameters.
+                Default: False.
+            as_numbers (bool): True: the values are floats, and the host waits for the step. Default: False.
 
         Returns:
-            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 where the device has no
-            fp64). Nothing is synchronised. NaN until a first step was applied; a step that a
-            ``GradScaler`` skipped leaves the ratios of the step before. Where a norm is 0 or NaN the ratio is
-            1: look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
+            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 if the device has no
+            fp64). Getting tensors synchronises nothing. Ratios are NaN until a first step was applied. A step
+            that a ``GradScaler`` skipped leaves the ratios of the step before. If a norm is 0 or NaN the
+            ratio is 1, so look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
             ``torch.compile`` are not recorded.
         """
         return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
@@ -140,18 +141,19 @@ class ReadsRecords:
     ) -> dict[str, LayerNorms[float]]: ...
 
     def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """The norms that the last step took, before it changed anything, of every parameter with a gradient.
+        """Returns the norms that the last step took before it changed anything.
 
         Args:
             by_name (bool): as for :meth:`trust_ratios`.
             as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
 
         Returns:
-            A dict with a named tuple for each parameter. It has ``weight``, its L2 norm, and ``grad``, that
-            of its gradient divided by a ``GradScaler``'s scale, or of ``g' + weight_decay * w`` in a group
-            with ``decayed_norm``. Both are of the whole parameter where it is sharded. Types and exceptions
-            are those of :meth:`trust_ratios`. A NaN or inf in a gradient shows in its norm. If it shows in
-            some layers only, it began in the last of them, in the order of the forward pass.
+            A dict with a named tuple for each parameter that had a gradient. ``weight`` is the L2 norm of the
+            parameter. ``grad`` is the L2 norm of its gradient after division by a ``GradScaler``'s scale. In
+            a group with ``decayed_norm``, ``grad`` is the L2 norm of ``g' + weight_decay * w``. For a sharded
+            parameter both are norms of the whole. Types and exceptions are those of :meth:`trust_ratios`. A
+            NaN or inf in a gradient shows in its norm. If it shows in some layers only, it began in the last
+            of them, in the order of the forward pass.
         """
         return self._records.layer_norms(self.param_groups, by_name, as_numbers)
 

@@ -1,6 +1,6 @@
-"""Notices that a framework has put other tensors in the place of an optimizer's parameters.
+"""Notices when a framework has replaced an optimizer's parameters by other tensors.
 
-Accelerate puts DTensors there, DeepSpeed one flat tensor for a whole group, Megatron-LM flat pieces.
+Accelerate replaces them by DTensors, DeepSpeed by one flat tensor for a group, Megatron-LM by flat pieces.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ._names import parameter_name
 
-# DeepSpeed's mark on parameters that ZeRO 3 partitions, and on the flat ones that it steps in their place.
+# DeepSpeed's mark on parameters that ZeRO 3 partitions, and on the flat ones that it steps instead.
 _ZERO_3 = "ds_id"
 
 _NO_NORM = (
@@ -24,11 +24,14 @@ _NO_NORM = (
 class _Seen:
     ids: set[int]
     all_flat: bool
-    # Of the last step. Not of the constructor: Accelerate counts on their memory being freed until the first.
+    # Those of the last step. None before the first: Accelerate needs the constructor's to be freed by then.
     params: list[Tensor] | None = None
 
     def made_flat(self, params: list[Tensor]) -> bool:
-        """Whether these are flat and none was there before. As many flat ones may be resized biases."""
+        """Whether all are flat and new.
+
+        If all were flat before and none is missing, they may be resized biases.
+        """
         if self.all_flat and len(params) >= len(self.ids):
             return False
         return not any(id(p) in self.ids or _has_shape(p) or type(p).__name__ == "DTensor" for p in params)
@@ -38,11 +41,11 @@ class SeenParams:
     """The parameters of all groups as they were when they were last looked at."""
 
     def __init__(self) -> None:
-        # By the group's dict: frameworks drop groups, and take one at a time.
+        # By the id of the group's dict, because frameworks drop groups and take one at a time.
         self._groups: dict[int, _Seen] = {}
 
     def replaced(self, param_groups):
-        """The indices of the groups whose parameters are not those of the step before, for look()."""
+        """Yields the index of each group whose parameters differ from the step before, for look()."""
         for index, group in enumerate(param_groups):
             seen, params = self._groups.get(id(group)), group["params"]
             last = seen.params if seen is not None else None
@@ -51,10 +54,10 @@ class SeenParams:
                 self._groups[id(group)].params = [*params]
 
     def look(self, group, group_index: int) -> None:
-        """Takes what a group holds now.
+        """Remembers what a group holds now.
 
         Raises:
-            ValueError: flat tensors in the place of parameters.
+            ValueError: flat tensors have replaced the parameters.
         """
         params = group["params"]
         for index, param in enumerate(params):
@@ -73,7 +76,7 @@ class SeenParams:
             self._groups[id(group)] = _Seen({id(p) for p in params}, not any(map(_has_shape, params)))
 
     def of_same_groups(self, old_groups, new_groups) -> "SeenParams":
-        """What was seen, where load_state_dict has made other dicts for the groups."""
+        """The same parameters, for the new group dicts that load_state_dict has made."""
         result = SeenParams()
         for old, new in zip(old_groups, new_groups):
             if id(old) in self._groups:

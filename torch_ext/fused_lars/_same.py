@@ -1,4 +1,4 @@
-"""Whether an optimizer is as it was in the step before, seen by the identity of what it holds."""
+"""Compares an optimizer with the step before, by the identity of what it holds."""
 
 from operator import is_, itemgetter
 
@@ -26,7 +26,7 @@ class SameState:
     def __init__(self, state) -> None:
         self._params = [*state]
         keys = [key for key in STATE if any(key in values for values in state.values())]
-        # KeyError: parameters that keep different kinds of state.
+        # Raises KeyError if parameters keep different kinds of state.
         self._tensors = [(get, [*map(get, state.values())]) for get in map(itemgetter, keys)]
 
     def is_still(self, state) -> bool:

@@ -1,4 +1,4 @@
-"""Loading of a state_dict: the checks before, and what the base class does not keep as it was saved."""
+"""Checks a state_dict before it is loaded, and afterwards restores what the base class has changed."""
 
 import math
 import numbers
@@ -33,15 +33,15 @@ def restore(state_dict, implementations, param_groups, state) -> None:
 
 
 def check_has_state(state_dict) -> None:
-    """Checks that a state_dict is one of an optimizer."""
+    """Checks that a state_dict comes from an optimizer."""
     if missing := {"state", "param_groups"} - set(state_dict):
         raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
 
 
 def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) -> None:
-    """Checks a state_dict that is to be loaded in the place of `param_groups` and `state`.
+    """Checks a state_dict before it replaces `param_groups` and `state`.
 
-    `check_sharding` is that of _sharded.sharding, or None where there can be no DTensors.
+    `check_sharding` is the function of _sharded.sharding, or None if there can be no DTensors.
     """
     check_has_state(state_dict)
     for index, group in enumerate(state_dict["param_groups"]):
@@ -55,8 +55,8 @@ def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) 
         [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)
     )
     if saved != own:
-        return  # the base class has the error
-    # What a wrapper has put there beside ours, as a Lookahead does, it may load again.
+        return  # the base class raises the error
+    # A wrapper, such as a Lookahead, may load again what it has put beside our state.
     known = {*STATE, *(key for values in state.values() for key in values)}
     for saved_id, param in _saved_ids(state_dict, param_groups):
         values = state_dict["state"].get(saved_id, {})
@@ -66,7 +66,7 @@ def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) 
                 "fused_lars.convert_state_dict takes over the state of other optimizers"
             )
         for key, value in values.items():
-            # None stands for what is not there, as in older states of torch's SGD.
+            # None stands for state that is missing, as in older states of torch's SGD.
             if key in STATE and value is not None:
                 _check_state(saved_id, key, value, param)
                 if check_sharding and key != "step":

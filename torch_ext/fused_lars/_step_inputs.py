@@ -1,4 +1,4 @@
-"""What a step begins with."""
+"""The inputs of a step."""
 
 from typing import Any, NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class StepInputs(NamedTuple):
-    """What an optimizer has when it steps."""
+    """What an optimizer passes to a step."""
 
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, Any]
-    grad_scale: Tensor | None  # of a GradScaler, and what it found
+    grad_scale: Tensor | None  # this and found_inf: of a GradScaler
     found_inf: Tensor | None

@@ -1,4 +1,4 @@
-"""A step outside of torch.compile: it is gathered, checked and made, or the last one is made again."""
+"""Makes a step outside torch.compile: gathers, checks and makes it, or repeats the last one."""
 
 from ._errors import run_call
 from ._gather import append_group, gather_calls
@@ -11,7 +11,7 @@ from ._workspace import Workspaces
 
 
 class Stepper:
-    """Makes the steps of an optimizer. What it keeps from step to step is in no state_dict."""
+    """Makes the steps of an optimizer. Nothing that it keeps between steps is in a state_dict."""
 
     def __init__(self) -> None:
         self.records = Records()
@@ -20,7 +20,7 @@ class Stepper:
         self._written_params = WrittenParams()
 
     def repeat(self, inputs: StepInputs) -> bool:
-        """Makes the last step again. Returns False, and has done nothing, if it is not the right one."""
+        """Repeats the last step. Returns False, with nothing done, if it is not the right one."""
         prepared, self.prepared = self.prepared, None
         if prepared is None or not prepared.fits(inputs.param_groups, inputs.state):
             return False
@@ -34,14 +34,14 @@ class Stepper:
         return True
 
     def step(self, inputs: StepInputs, sharding) -> None:
-        """Gathers a step and makes it. `sharding` is a Sharding where there are DTensors, else None."""
+        """Gathers a step and makes it. `sharding` is a Sharding if there are DTensors, else None."""
         if sharding is None:
             calls = gather_calls(
                 inputs.param_groups, lambda group, *lists: append_group(group, inputs.state, *lists)
             )
         else:
             sharding.look_at(inputs)
-            # Before the norms are taken, which are those of the masters.
+            # Before the norms are taken, because they are norms of the masters.
             self._written_params.before_step(inputs.param_groups, inputs.state)
             calls = sharding.calls(inputs)
         calls = OpCalls({key: call for key, call in calls.items() if call.params})
@@ -49,7 +49,7 @@ class Stepper:
         if has_masters and sharding is None:
             self._written_params.before_step(inputs.param_groups, inputs.state)
         records = {key: self.records.of_call(key, call.params) for key, call in calls.items()}
-        # Where a step has several calls, all are checked before the first of them writes.
+        # If a step has several calls, all are checked before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 workspace = self.workspaces[call.device]

@@ -1,6 +1,6 @@
-"""All that this package uses of torch without a public API: what it is for, and what would replace it.
+"""Everything that this package uses of torch's private API, its purpose, and what could replace it.
 
-The test suite runs on the oldest and the newest supported torch, so a change of one of these turns it red.
+The test suite runs on the oldest and the newest supported torch, so it fails if one of these changes.
 """
 
 from collections.abc import Callable
@@ -10,27 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-# What a process holds of a DTensor. Public: DTensor.to_local(), which goes through autograd and costs the
-# host more than the rest of a step for each parameter.
+# The local tensor of a DTensor. Public: DTensor.to_local(), which goes through autograd. For each parameter
+# it costs the host more than the rest of a step.
 get_local = attrgetter("_local_tensor")
 
 # Mesh and placements of a DTensor in one object. fully_shard gives a gradient the spec of its parameter, so
-# one comparison by identity stands for two. Public: device_mesh and placements.
+# one comparison by identity replaces two. Public: device_mesh and placements.
 get_spec = attrgetter("_spec")
 
-# How often a tensor was written in place. A tensor of inference mode does not count: RuntimeError.
-# Public: none.
+# How often a tensor was written in place. Raises RuntimeError for an inference tensor. Public: none.
 version_of = attrgetter("_version")
 
 # The base class of batch and instance norms of all dimensions. Public: a list of all of them, which misses
-# those that torch adds.
+# those that torch adds later.
 BATCH_NORM_BASE = nn.modules.batchnorm._NormBase
 
 # FSDP1's mark on flat parameters, and on parameters that are views of them. Public: none.
 FSDP1_FLATTENED = "_fsdp_flattened"
 
-# Keeps torch.compile out of a function. Public: torch.compiler.disable, which imports torch._dynamo, and
-# with it a second of start-up, where it decorates.
+# Keeps torch.compile out of a function. Public: torch.compiler.disable, which imports torch._dynamo at the
+# decorator and so adds a second to start-up.
 disable_dynamo: Callable = torch._disable_dynamo
 
 # Sets grad mode in step() as defaults["differentiable"] asks for, and breaks a traced graph where torch's own
@@ -47,12 +46,12 @@ check_graph_capture: Callable[[Optimizer], None] = (
 
 
 def is_dtensor_like(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without the import of torch.distributed.tensor, which takes a second."""
+    """Whether a tensor is a DTensor. It does not import torch.distributed.tensor, which takes a second."""
     return hasattr(tensor, "_local_tensor")
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor; any other tensor as it is."""
+    """Returns the local tensor of a DTensor, and any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -67,5 +66,5 @@ def has_kernel(op: str, dispatch_key: str) -> bool:
 
 
 def argument_names(op, kind: str) -> tuple[str, ...]:
-    """The names of an op's arguments of one type, "FloatType" say, in the op's order. Public: none."""
+    """The names of an op's arguments of one type, such as "FloatType", in the op's order. Public: none."""
     return tuple(a.name for a in op._schema.arguments if a.type.kind() == kind)

@@ -4,10 +4,11 @@ import torch
 
 
 class Workspace:
-    """An op's scratch on a device, kept so that a step allocates nothing.
+    """An op's scratch memory on a device, kept so that a step allocates nothing.
 
-    The op gives it larger memory where it is too small. A captured CUDA graph, or a step on another stream,
-    may still use the memory that it had, so that is kept too; since it at least doubles, that is not much.
+    If it is too small, the op replaces it by larger memory. A captured CUDA graph, or a step on another
+    stream, may still use the old memory, so that is kept too. The size at least doubles, so the old memory is
+    never much.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +22,7 @@ class Workspace:
 
 
 class Workspaces(dict[torch.device, Workspace]):
-    """One for each device; one that is missing is made."""
+    """One workspace for each device. A missing one is made."""
 
     def __missing__(self, device) -> Workspace:
         workspace = self[device] = Workspace(device)

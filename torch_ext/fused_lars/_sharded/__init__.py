@@ -1,8 +1,8 @@
-"""DTensor parameters: a rank steps its shards, with norms of the whole that one small all-reduce gives.
+"""Steps DTensor parameters. A rank steps its shards; one small all-reduce gives the norms of whole tensors.
 
-What a rank sends follows from what all ranks of a mesh know alike (the parameters, their meshes and
-placements) and never from what it happens to hold. So no empty shard and no missing gradient makes another
-rank wait for ever. peers.py sees to it that the ranks do know it alike.
+What a rank sends depends only on what all ranks of a mesh have in common (the parameters, their meshes and
+placements). It never depends on what the rank holds. So an empty shard or a missing gradient cannot make
+another rank wait for ever. peers.py checks that the ranks do have this in common.
 
-An import of this package imports torch.distributed.tensor, which takes a second.
+Importing this package imports torch.distributed.tensor, which takes a second.
 """

@@ -1,4 +1,4 @@
-"""The op calls of a sharded step and the norms for them, kept from one step to the next."""
+"""The op calls of a sharded step and their norms, kept from one step to the next."""
 
 from collections import defaultdict
 from functools import partial
@@ -20,10 +20,10 @@ from .rank_sets import RankSet
 
 
 class Gathered:
-    """The op calls of a step and the norms for them, to be made again with other gradients.
+    """The op calls of a step and their norms, which can be repeated with other gradients.
 
-    To gather them takes the host longer than all the rest of a step, and between two steps of a training run
-    nothing but gradients and numbers changes. That is seen by identity.
+    Gathering them takes the host longer than the rest of a step. Between two steps of a training run only
+    gradients and numbers change. Comparing tensors by identity shows whether that is so.
     """
 
     def __init__(self, rank_sets: list[RankSet], dtensors: list[DTensor], inputs: StepInputs) -> None:
@@ -32,7 +32,7 @@ class Gathered:
         self.is_renewed = False
         self._rank_sets = rank_sets
         replaced = replaced_grads(dtensors, inputs.param_groups)
-        self._has_own_grads = not replaced  # those of the parameters, none in their place
+        self._has_own_grads = not replaced  # no gradient had to be redistributed
         for rank_set in rank_sets:
             device = rank_set.device
             if device not in self.norms:
@@ -62,7 +62,7 @@ class Gathered:
         self.norms[device].add(call, index, params, local, is_shared, inputs.state)
 
     def keep(self, inputs: StepInputs) -> bool:
-        """Keeps all but gradients for the next step. Returns False if that is to be gathered anew."""
+        """Keeps everything but gradients for the next step. Returns False if that must be gathered again."""
         if not self.is_renewed and not self._look_at(inputs):
             return False
         for call in self.calls.values():
@@ -72,7 +72,10 @@ class Gathered:
         return True
 
     def _look_at(self, inputs: StepInputs) -> bool:
-        """What must be the same in the next step. Returns False if gradients are missing or replaced."""
+        """Remembers what must be the same in the next step.
+
+        Returns False if gradients are missing or replaced, or if parameters keep different kinds of state.
+        """
         self._parts = [
             _Part(rank_set, index, params)
             for rank_set in self._rank_sets
@@ -89,7 +92,7 @@ class Gathered:
         return True
 
     def renew(self, inputs: StepInputs) -> bool:
-        """Takes the parameters' present gradients. Returns False if this is another step than the last."""
+        """Takes the parameters' present gradients. Returns False if anything else has changed."""
         groups = inputs.param_groups
         if [*map(needs, groups)] != self._needs or not self._state.is_still(inputs.state):
             return False
@@ -117,7 +120,7 @@ class Gathered:
 
 
 class _Part:
-    """The parameters of a group that one set of ranks shares, as they were when they were gathered."""
+    """The parameters of a group that one set of ranks shares, as they were when gathered."""
 
     def __init__(self, rank_set: RankSet, index: int, params: list[Tensor]) -> None:
         self.rank_set, self.index, self.params = rank_set, index, params  # index: in param_groups
@@ -125,10 +128,10 @@ class _Part:
             self._local, self._specs = [*map(get_local, params)], [*map(get_spec, params)]
 
     def local_grads(self, grads: list) -> list[Tensor] | None:
-        """What this rank holds of the gradients.
+        """Returns the local tensors of the gradients.
 
-        None where a gradient is missing or is not placed as its parameter is, or where a parameter holds
-        another tensor than before.
+        Returns None if a gradient is missing or is not placed like its parameter, or if the local tensor of a
+        parameter was replaced.
         """
         if not self.rank_set.is_dtensor:
             return grads if all(map(_is_there, grads)) else None
@@ -136,9 +139,9 @@ class _Part:
             return None
         try:
             specs = [*map(get_spec, grads)]
-        except AttributeError:  # None, or no DTensor
+        except AttributeError:  # None, or not a DTensor
             return None
-        # fully_shard gives gradients the very spec of the parameter.
+        # fully_shard gives a gradient the same spec object as its parameter.
         if not all(map(is_, specs, self._specs)) and not all(map(is_placed_as, specs, self._specs)):
             return None
         return [*map(get_local, grads)]

@@ -1,4 +1,4 @@
-"""The norms that ranks add up: the rows of one norms op a device, which are the messages of sets of ranks."""
+"""The squared norms that ranks add up. One norms op for a device computes the rows of all its messages."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class _Message(NamedTuple):
 
 
 class NormRows:
-    """The rows of one norms op. Those of a set of ranks are together and are its message."""
+    """The rows of one norms op. The rows of one set of ranks are contiguous and form its message."""
 
     def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         self._found_inf = found_inf
@@ -40,18 +40,18 @@ class NormRows:
         self._grads: list[Tensor] = []
         self._parts: list[_Part] = []
         self._messages: list[_Message] = []
-        self._begin = 0  # of the message to come
-        self._without_grad: dict[int, int] = {}  # rows, and the group of each
+        self._begin = 0  # of the next message
+        self._without_grad: dict[int, int] = {}  # the group of each row
         self._runs: defaultdict[OpCall, list[list[int]]] = defaultdict(list)
-        # The op's call, which keeps the rows' weights in C++ for norms that are taken again.
+        # The op's call. It keeps the rows' weights in C++ for norms that are taken again.
         self._prepared: Any = None
 
     def add(
         self, call: OpCall, group_index: int, params: list[Tensor], local, is_shared: bool, state
     ) -> None:
-        """Adds a row for each of `params` that has a gradient, and for the others too where they are shared.
+        """Adds a row for each of `params` that has a gradient. If they are shared, the others get one too.
 
-        `local` has the local lists of those that have a gradient.
+        `local` has the local lists of the parameters that have a gradient.
         """
         weights, grads, _, masters, _ = local
         if masters:
@@ -60,7 +60,7 @@ class NormRows:
         first = len(self._weights)
         runs = self._runs[call]
         done = 0
-        # Most often all have one, and need not be asked again.
+        # Usually all have a gradient, so they need not be asked one by one.
         stretches: Iterable[tuple[bool, Iterable[Tensor]]] = [(True, params)]
         if len(weights) < len(params):
             stretches = groupby(params, lambda p: p.grad is not None)
@@ -76,14 +76,14 @@ class NormRows:
                 else:
                     runs.append([begin, len(self._weights)])
             elif is_shared:
-                # Ranks that have a gradient need this shard's part of the weight's norm.
+                # Ranks that have a gradient need the part of the weight's norm that this shard has.
                 self._weights += (_weight_without_grad(p, state) for p in members)
                 self._grads += self._weights[begin:]
                 self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), group_index))
         self._parts.append(_Part(group_index, len(self._weights) - first))
 
     def end(self, peers: Peers | None) -> None:
-        """The ranks that share what was added since the last end; None: no other rank does."""
+        """Ends the rows that `peers` share. They begin at the last end. None: no other rank shares them."""
         if peers is not None:
             last = self._last()
             self._weights.append(last)
@@ -93,18 +93,18 @@ class NormRows:
         self._begin = len(self._weights)
 
     def _last(self) -> Tensor:
-        """The last row. The sum of the ranks' found_inf squared is not 0 where one of them is not."""
+        """The last row of a message: found_inf. Its squares add up to 0 only if it is 0 on all ranks."""
         return self._weights[0].new_empty(0) if self._found_inf is None else self._found_inf
 
     def keep(self) -> None:
-        """Keeps the rows but no gradients, for the next step."""
-        # Between two steps a gradient's memory is its owner's.
+        """Keeps the rows for the next step, but no gradients."""
+        # Between two steps only its owner may keep a gradient's memory.
         self._grads.clear()
 
     def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """The same rows for another step: the gradients of each set of ranks in turn."""
+        """Takes other gradients for the same rows. `grads` has those of each set of ranks in turn."""
         ends = {message.begin: message.end for message in self._messages}
-        # The last rows are found_inf, where there is one, and that is another tensor in every step.
+        # found_inf, if there is one, is the last row of each message, and a new tensor in every step.
         if found_inf is not None or self._found_inf is not None:
             self._found_inf, self._prepared = found_inf, None
             for end in ends.values():
@@ -117,7 +117,7 @@ class NormRows:
                 self._grads.append(self._weights[ends[begin] - 1])
 
     def take(self, workspace: Workspace, param_groups) -> None:
-        """Takes the norms, by the options that the groups have now."""
+        """Takes the norms, with the present options of the groups."""
         if not self._messages:
             return  # nothing is shared: the step takes its norms itself
         options: dict[int | None, tuple[float, bool, bool]] = {None: (0.0, False, False)}
@@ -135,7 +135,7 @@ class NormRows:
         if self._without_grad:
             rows = torch.tensor([*self._without_grad], device="cpu")
             rows = rows.to(self._norms.device, non_blocking=True)
-            # A gradient of zeros. Its decayed gradient is the decay.
+            # A missing gradient counts as zeros. With decay, its norm is that of the decay alone.
             squares = [options[index][0] ** 2 for index in self._without_grad.values()]
             decays = torch.tensor(squares, dtype=self._norms.dtype, device="cpu")
             decays = decays.to(self._norms.device, non_blocking=True)
@@ -150,15 +150,16 @@ class NormRows:
         return result
 
     def hand_out(self) -> None:
-        """Hands each call its squared norms, and what tells it to change nothing."""
+        """Gives each call its squared norms, and the found_inf that tells it to change nothing."""
         if not self._messages:
             return
         norms, found_inf = self._norms, None
         last = [message.end - 1 for message in self._messages]
         if self._found_inf is None and norms.device.type == "cpu":
-            pass  # the host has looked
+            pass  # the host has already read the sums
         elif self._found_inf is None and len(last) == 1:
-            # The upper half of an fp64 is an fp32 that is 0 only where a whole number is 0: no operator runs.
+            # The upper half of an fp64, seen as fp32, is 0 only if a whole number is 0. A view runs no
+            # operator.
             found_inf = norms.view(torch.float32)[last[0], 3]
         else:
             found_inf = torch.linalg.vector_norm(torch.stack([norms[i] for i in last])).to(torch.float32)
@@ -170,7 +171,7 @@ class NormRows:
 
 
 def _norm_options(group) -> tuple[float, bool, bool]:
-    """What the norm of a gradient depends on."""
+    """The options that the norm of a gradient depends on."""
     decayed_norm = group["decayed_norm"]
     return (group["weight_decay"] if decayed_norm else 0.0, group["maximize"], decayed_norm)
 

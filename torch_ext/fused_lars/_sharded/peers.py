@@ -1,9 +1,9 @@
-"""The ranks that share parameters: the sum of their messages, and whether they step the same in the same way.
+"""Adds up messages of ranks that share parameters, and checks that these ranks step them alike.
 
-A sum over ranks means something only where row n of every rank's message is about the same parameter. So the
+A sum over ranks means something only if row n of every rank's message is about the same parameter. So the
 ranks compare digests of their parameters and options before their first message. From then on each message
-ends in a row that says whether that still holds: it adds up to 0 where it does, and every rank sees the same
-sum. Who differs in what is looked up only where somebody does.
+ends in a row that shows whether they still agree. Its sum is 0 if they do, and every rank sees the same sum.
+Only if they do not, the ranks find out who differs and in what.
 """
 
 import zlib
@@ -20,7 +20,8 @@ from .._op_call import get_hyperparameters
 
 _ON_DEVICE = "a tensor on an accelerator"
 
-# What a rank that cannot step adds to the sum: more than all digests together, so they cannot cancel it.
+# A rank that cannot step adds this to the sum. It is more than all digests together, so they cannot cancel
+# it.
 _TROUBLE = 2.0**52
 
 
@@ -28,12 +29,12 @@ class Peers:
     """Ranks that share parameters.
 
     Args:
-        ranks: all of them, sorted, this one included.
-        process_groups: to sum over, one after another, for a sum over all of them.
-        device: of the messages.
-        staging: the device to sum on, where the process groups have no back end for `device`.
+        ranks: all of them, sorted, with this one.
+        process_groups: the groups to sum over, one after another, to get the sum over all ranks.
+        device: the device of the messages.
+        staging: the device to sum on if the process groups have no back end for `device`, else None.
         params: a line about each parameter, in the order of the message.
-        sizes: how many of them, in turn, each parameter group has.
+        sizes: how many of these parameters each parameter group has, in the same order.
     """
 
     def __init__(self, ranks: tuple[int, ...], process_groups, device, staging, params, sizes) -> None:
@@ -43,18 +44,18 @@ class Peers:
         self._layout_digest = zlib.crc32(f"{params} {sizes}".encode())
         self._options: list[tuple] = []
         self._given: dict[str, bool] = {}
-        self._others: tuple = ()  # what is no number, and seldom changes
+        self._others: tuple = ()  # options that are not numbers; they seldom change
         self._digest = self._agreed = self._others_digest = 0
-        # Weights that add up to 0 over all ranks and over no part of them: whichever ranks are the ones with
-        # another digest, it shows. Sums stay below 2**50, so that fp64 has them exactly.
+        # The weights of all ranks add up to 0, and those of only some ranks never do. So a different digest
+        # shows, whichever ranks have it. Sums stay below 2**50, so that fp64 has them exactly.
         count, index = len(ranks), ranks.index(dist.get_rank())
         self._weight = index + 1 if index < count - 1 else -(count * (count - 1) // 2)
         self._mask = (1 << min(32, 50 - 2 * count.bit_length())) - 1
 
     def set_options(self, groups: list[dict], given: dict[str, bool]) -> None:
-        """Takes the options of a step: of the groups that the parameters are in, and which tensors AMP gave.
+        """Takes the options of a step: those of the parameters' groups, and which tensors AMP gave.
 
-        The value of an lr on an accelerator is left out: reading it would wait for the device.
+        The value of an lr on an accelerator is left out, because reading it would wait for the device.
         """
         options = [get_hyperparameters(group) for group in groups]
         for i, (lr, *others) in enumerate(options):
@@ -71,7 +72,7 @@ class Peers:
         self._options, self._given, self._digest = options, given, digest & self._mask
 
     def last_row(self) -> float:
-        """What this rank adds to the sum that is 0 where all agree; 0 unless options changed."""
+        """What this rank adds to the sum: 0 unless its options changed. The sum is 0 if all ranks agree."""
         return float(self._weight * (self._digest - self._agreed))
 
     def message_of_trouble(self) -> Tensor:
@@ -81,13 +82,13 @@ class Peers:
         return message
 
     def settle(self) -> None:
-        """All ranks sent the same."""
+        """Records that all ranks agree."""
         self._agreed = self._digest
 
     def disagreement(self, error: Exception | None = None) -> Exception | None:
-        """The `error` of this rank, or another one's, or what says in what the ranks differ.
+        """Returns the `error` of this rank, that of another rank, or one that says how the ranks differ.
 
-        All ranks call this at once; either all get an error or none does.
+        All ranks call this at once. Either all get an error, or none does.
         """
         rank = dist.get_rank()
         text = None if error is None else f"{type(error).__name__}: {error}"
@@ -102,7 +103,7 @@ class Peers:
         if set(digests.values()) == {usual}:
             self.settle()
             return None
-        # The details of one rank only travel, since there may be a thousand ranks.
+        # Only one rank sends its details, because there may be a thousand ranks.
         reference = min(other for other, digest in digests.items() if digest == usual)
         own = self._params, self._sizes, self._options, self._given
         theirs = dict(self._gather((rank, own if rank == reference else None)))[reference]
@@ -116,7 +117,7 @@ class Peers:
         )
 
     def _gather(self, report: tuple) -> list[tuple]:
-        """The reports of all ranks, by rank."""
+        """Collects the reports of all ranks, sorted by rank."""
         reports = [report]
         for group in self.process_groups:
             received: list = [None] * dist.get_world_size(group)
@@ -126,7 +127,7 @@ class Peers:
 
 
 class Exchange:
-    """Adds up messages. Where a rank has an error or differs from the others, all ranks get an error."""
+    """Adds up messages. If a rank has an error or differs from the others, all ranks get an error."""
 
     def __init__(self) -> None:
         self._unseen: list[tuple] = []  # sums on their way to the host
@@ -135,13 +136,13 @@ class Exchange:
         """Replaces each message by its sum over the ranks.
 
         The host does not wait for an accelerator. There a last row that is not 0 must keep the step from
-        changing anything, and it is look_back(), in the next step, that raises.
+        changing anything, and look_back() raises the error in the next step.
         """
         _all_reduce(messages)
         self._look(messages, None)
 
     def raise_everywhere(self, error: Exception, all_peers: list[Peers]) -> None:
-        """Raises `error`, after all messages have been sent, so that no other rank waits for this one."""
+        """Sends all messages, so that no other rank waits for this one, and then raises `error`."""
         messages = [(peers, peers.message_of_trouble()) for peers in all_peers]
         try:
             _all_reduce(messages)
@@ -150,7 +151,7 @@ class Exchange:
             raise error
 
     def announce_other_params(self, all_peers: list[Peers]) -> None:
-        """Tells that this rank has no norms of the parameters that it had before. Returns if no rank has."""
+        """Tells the other ranks that this one has other parameters now. Returns if all ranks have."""
         messages = [(peers, peers.message_of_trouble()) for peers in all_peers]
         _all_reduce(messages)
         alone = [(peers, m) for peers, m in messages if m[-1, 1].item() != len(peers.ranks) * _TROUBLE]
@@ -162,7 +163,7 @@ class Exchange:
             raise error
 
     def look_back(self) -> None:
-        """Raises what the sums of the step before say, where the host did not wait for them."""
+        """Raises the errors that the sums of the step before show, if the host did not wait for them."""
         unseen, self._unseen = self._unseen, []
         for *_, event in unseen:
             event.synchronize()
@@ -214,7 +215,7 @@ def _all_reduce(messages: list[tuple[Peers, Tensor]]) -> None:
 
 
 def _difference(own, theirs, reference: int) -> str:
-    """The first thing in which a rank's parameters and options are not those of rank `reference`."""
+    """Describes the first difference of a rank's parameters and options from those of rank `reference`."""
     (params, sizes, options, given), (their_params, their_sizes, their_options, their_given) = own, theirs
     for index, (param, their) in enumerate(zip(params, their_params)):
         if param != their:

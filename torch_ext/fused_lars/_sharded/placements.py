@@ -1,4 +1,4 @@
-"""Gradients that are placed on the ranks otherwise than their parameters are."""
+"""Handles gradients whose placements differ from those of their parameters."""
 
 from collections import defaultdict
 from typing import Any
@@ -17,10 +17,10 @@ def is_placed_as(got, spec) -> bool:
 
 
 def replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]:
-    """Local gradients of the parameters whose gradients are placed otherwise than they are themselves.
+    """Returns local gradients for the parameters whose gradients have other placements than they have.
 
-    Sequence parallelism, for one, leaves the gradients of replicated parameters Partial. Those that wait for
-    the same reduction share it. The gradients themselves are left as they are.
+    Sequence parallelism, for example, leaves the gradients of replicated parameters Partial. Gradients that
+    need the same reduction share it. The gradients themselves are not changed.
     """
     placed_otherwise = []
     for p in params:
@@ -38,7 +38,7 @@ def replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]
             )
         if got.placements != spec.placements:
             placed_otherwise.append(p)
-    # Nothing is sent before all is checked, so that this rank takes part in all of it or in nothing.
+    # Nothing is sent before all is checked, so that this rank takes part in every reduction or in none.
     result: dict[DTensor, Tensor] = {}
     partial: defaultdict[tuple, list[DTensor]] = defaultdict(list)
     for p in placed_otherwise:
@@ -50,7 +50,7 @@ def replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]
             result[p] = get_local(grad.redistribute(placements=p.placements))
     for (mesh, pairs, _), members in partial.items():
         grads = [get_local(p.grad) for p in members]
-        # The local elements of all, as one tensor that is Partial where they are.
+        # All local elements in one tensor, which is Partial in the mesh dimensions where they are.
         placements = [got if got.is_partial() else Replicate() for got, _ in pairs]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         flat = DTensor.from_local(flat, mesh, placements, run_check=False)

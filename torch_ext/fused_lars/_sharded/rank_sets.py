@@ -15,7 +15,7 @@ from .peers import Peers
 
 @dataclass
 class RankSet:
-    """Parameters on one device that the same ranks hold the shards of."""
+    """Parameters on one device whose shards are on the same ranks."""
 
     device: torch.device
     is_dtensor: bool
@@ -27,7 +27,7 @@ class RankSet:
 
 
 def sorted_by_ranks(param_groups) -> list[RankSet]:
-    """The parameters of all groups by the ranks that share them, in the order of their messages."""
+    """Sorts the parameters of all groups by the ranks that share them, in the order of their messages."""
     rank_sets: dict[tuple, RankSet] = {}
     reached: dict[tuple, tuple] = {}
     lines: defaultdict[tuple, list[str]] = defaultdict(list)
@@ -41,13 +41,13 @@ def sorted_by_ranks(param_groups) -> list[RankSet]:
                     continue  # all of it is on other ranks
                 device, is_dtensor = get_local(p).device, True
                 dims = [d for d, x in enumerate(p.placements) if mesh.size(d) > 1 and not x.is_replicate()]
-                if dims and device.type != "meta":  # which has no values to add up
+                if dims and device.type != "meta":  # meta tensors have no values to add up
                     ranks, groups = ranks_and_groups(mesh, tuple(dims))
-            # Sorted, it is the order of their messages, which is the same on all ranks.
+            # Sorting by this key gives the order of the messages, which is the same on all ranks.
             key = (device.type, ranks, is_dtensor, str(device))
             rank_sets.setdefault(key, RankSet(device, is_dtensor)).parts[group_index].append(p)
             if ranks:
-                # NCCL alone, with parameters that fully_shard has offloaded to the CPU.
+                # False for NCCL alone, with parameters that fully_shard has offloaded to the CPU.
                 has_backend = f"{device.type}:" in dist.get_backend_config(groups[0])
                 reached[key] = groups, device, None if has_backend else torch.device(mesh.device_type)
                 name = f"{group['param_names'][index]!r}, " if "param_names" in group else ""
@@ -59,10 +59,10 @@ def sorted_by_ranks(param_groups) -> list[RankSet]:
 
 
 def ranks_and_groups(mesh, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple]:
-    """The ranks that differ from this one in `dims` of a mesh only, sorted, and process groups to sum over.
+    """Returns the ranks that differ from this one only in `dims` of a mesh, and groups to sum over.
 
-    No group is made: all ranks of the job would have to make it at once, and those of other stages of a
-    pipeline are not here.
+    The ranks are sorted. No process group is made, because all ranks of the job would have to make it
+    together. Those of other pipeline stages are not here.
     """
     ranks = mesh.mesh.permute(*(d for d in range(mesh.ndim) if d not in dims), *dims)
     rows = ranks.reshape(-1, math.prod(mesh.size(d) for d in dims)).sort().values.tolist()

@@ -1,4 +1,4 @@
-"""The sharded step of an optimizer: what it tells the other ranks, in which order, and what they answer."""
+"""The sharded step of an optimizer: what it sends to the other ranks, in which order, and their answers."""
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ def has_dtensors(group, group_index: int) -> bool:
     """Whether a parameter group holds DTensors.
 
     Raises:
-        ValueError: a parameter that has no norm of a layer: a Partial DTensor, or what FSDP1 has flattened.
+        ValueError: a parameter has no norm of a layer, as it is a Partial DTensor or flattened by FSDP1.
     """
     found = False
     for index, param in enumerate(group["params"]):
@@ -44,7 +44,7 @@ def has_dtensors(group, group_index: int) -> bool:
 
 
 def check_sharding(saved_id, key: str, value: Tensor, param: Tensor) -> None:
-    """Checks that a state tensor of a state_dict is sharded as its parameter is."""
+    """Checks that a state tensor of a state_dict is sharded like its parameter."""
 
     def sharding(tensor):
         return f"{tensor.placements} on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "no DTensor"
@@ -68,12 +68,12 @@ class Sharding:
         self._world: dist.ProcessGroup | None = None
         self._checked: list = []
         self._exchange = Exchange()
-        self._gathered: Gathered | None = None  # of the last step, once it was made
+        self._gathered: Gathered | None = None  # the last step, if it can be repeated
         self._in_step: Gathered | None = None
         self._workspaces = Workspaces()
 
     def look_at(self, inputs: StepInputs) -> None:
-        """Sees whether the step before went well everywhere, and whether the ranks have the same parameters.
+        """Checks that the step before succeeded on all ranks, and that they have the same parameters.
 
         Raises:
             ValueError: the ranks that share parameters do not step them alike.
@@ -83,14 +83,14 @@ class Sharding:
         self._update(inputs.param_groups, _given(inputs))
 
     def calls(self, inputs: StepInputs) -> OpCalls:
-        """The calls of a step, by device and way to compute: local tensors, with norms of whole tensors.
+        """Returns the calls of a step by device and way to compute: local tensors with norms of whole ones.
 
         Raises:
             ValueError: this rank cannot step, or the ranks that share parameters do not step them alike.
             RuntimeError: another rank cannot step.
         """
         if inputs.found_inf is not None and not isinstance(inputs.found_inf, Tensor):
-            # GradScaler gives the number 0 where nothing has a gradient.
+            # GradScaler gives the number 0 if no parameter has a gradient.
             inputs = inputs._replace(found_inf=torch.tensor(float(inputs.found_inf)))
         gathered, self._gathered = self._gathered, None
         error = None
@@ -112,7 +112,7 @@ class Sharding:
         return gathered.calls
 
     def after_step(self, inputs: StepInputs) -> None:
-        # For autograd, as an operator on the DTensor itself would count it.
+        # Autograd must notice the change, as it would after an operator on the DTensor itself.
         gathered, self._in_step = self._in_step, None
         dtensors = self._dtensors
         if not gathered.is_renewed:
@@ -124,8 +124,8 @@ class Sharding:
     def _take_norms(self, inputs: StepInputs, gathered: Gathered) -> None:
         if not self._peers:
             return
-        # The norms op does not see the state. What the step would refuse in it has to be found before the
-        # other ranks are told that this one steps, but not again while the state is the same.
+        # The norms op does not see the state. So the step's checks of the state run before the other ranks
+        # are told that this one steps. They do not run again while the state is the same.
         calls = gathered.calls
         is_plain = all(
             are_hyperparameters(values) for call in calls.values() for values in call.hyperparameters
@@ -141,16 +141,16 @@ class Sharding:
             try:
                 of_device.take(self._workspaces[device], inputs.param_groups)
             except (RuntimeError, TypeError, ValueError):
-                _check(inputs, calls)  # which knows the parameter's name
+                _check(inputs, calls)  # its error names the parameter
                 raise
 
     def _update(self, param_groups, given: dict[str, bool]) -> None:
-        """Sorts the parameters by the ranks that share them, where they are not those of the step before."""
+        """Sorts the parameters by the ranks that share them, unless they are those of the step before."""
         is_sorted = self._params is not None and self._params.are_still(param_groups)
         if is_sorted and not any(rank_set.has_moved() for rank_set in self._rank_sets):
             return
         if self._world is dist.group.WORLD:
-            # The other ranks may be about to send the norms of what this one had before.
+            # The other ranks may be about to send norms of the parameters that this one had before.
             self._exchange.announce_other_params(self._peers)
         rank_sets, error = sorted_by_ranks(param_groups), None
         try:
@@ -167,7 +167,7 @@ class Sharding:
 
 
 def _given(inputs: StepInputs) -> dict[str, bool]:
-    """What a GradScaler has given. It decides whether a step is taken, and what gradients are divided by."""
+    """Which tensors a GradScaler has given. They decide whether to step, and what divides gradients."""
     return {"found_inf": inputs.found_inf is not None, "grad_scale": inputs.grad_scale is not None}
 
 
@@ -181,7 +181,7 @@ def _check(inputs: StepInputs, calls: OpCalls) -> None:
 def _set_options(rank_sets: list[RankSet], param_groups, given: dict[str, bool]) -> None:
     for index, group in enumerate(param_groups):
         if not are_hyperparameters([group[name] for name in HYPERPARAMETERS]):
-            check_group(group, index)  # before a tensor or a text is taken for a number
+            check_group(group, index)  # before a tensor or a string is taken for a number
     for rank_set in rank_sets:
         if rank_set.peers is not None:
             rank_set.peers.set_options([param_groups[index] for index in rank_set.parts], given)
