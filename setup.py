@@ -51,7 +51,8 @@ def find_torch() -> Path | None:
     if spec is None:
         site_packages = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
         spec = importlib.machinery.PathFinder.find_spec("torch", site_packages)
-    return None if spec is None else Path(spec.submodule_search_locations[0])
+    folder = Path(spec.submodule_search_locations[0]) if spec else None
+    return folder if folder and (folder / "version.py").is_file() else None  # pip leaves empty folders behind
 
 
 def torch_requirement() -> str:

@@ -49,14 +49,24 @@ FOUND_ERRORS = 9  # exit status of a sanitizer that has found errors
 ABSENT = re.compile(r"No module named '?([\w.]+)")
 
 
+@contextlib.contextmanager
+def default_interrupts():
+    """Lets programs that are started meanwhile be interrupted.
+
+    A shell ignores interrupts for what it starts in the background, and programs inherit that.
+    """
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class Programs:
     """Runs programs for at most `seconds` in total. Their output goes to logs in a folder."""
 
     def __init__(self, folder: pathlib.Path, seconds: float) -> None:
         self.folder, self._end = folder, time.monotonic() + seconds
-        # A shell ignores interrupts for what it starts in the background, and programs would inherit that.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def left(self) -> float:
         """Returns the seconds that are left."""
@@ -66,14 +76,15 @@ class Programs:
         """Returns the exit status and the output. The status is None if time was up."""
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
-            process = subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with default_interrupts():
+                process = subprocess.Popen(
+                    [*map(str, command)],
+                    cwd=ROOT,
+                    env={**os.environ, **environment},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             try:
                 status = process.wait(min(seconds, self.left()))
             except subprocess.TimeoutExpired:

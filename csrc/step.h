@@ -42,8 +42,8 @@ struct Step {
 };
 
 // Which state a parameter needs. The state lists of an op hold a tensor for exactly the parameters that need
-// one. LARS in Python makes state by the same conditions (torch_ext/fused_lars/_gather.py),
-// because torch.compile traces it. If the two differ, the lists of a step have wrong lengths, and the op
+// one. LARS in Python makes state by the same conditions (torch_ext/fused_lars/_gather.py), because it has to
+// make it before the op is called. If the two differ, the lists of a step have wrong lengths, and the op
 // refuses it (checks.cpp).
 inline bool needs_momentum_buffer(const Hyperparameters& group) { return group.momentum > 0.0; }
 inline bool needs_step(const Hyperparameters& group) { return group.momentum > 0.0 && group.dampening > 0.0; }

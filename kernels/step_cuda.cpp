@@ -111,8 +111,8 @@ void step_cuda(const Step& step) {
         .push_back({{.weight = tensor.weight().data_ptr(),
                      .grad = tensor.grad.const_data_ptr(),
                      .momentum_buffer = data_or_null<void>(tensor.momentum_buffer)},
-                    tensor.param.data_ptr(),
-                    data_or_null<float>(tensor.step),
+                    /*param=*/tensor.param.data_ptr(),
+                    /*step=*/data_or_null<float>(tensor.step),
                     tensor.param.numel(),
                     static_cast<uint32_t>(i),
                     row_of_group[tensor.group]});

@@ -129,3 +129,17 @@ def test_grad_scaler_without_gradients():
     optimizer.step()
     moved = (full(param.detach()) != values).any(dim=1)
     assert moved.tolist() == [True] * 3 + [False] * 3
+
+
+@on_ranks(2)
+def test_gradients_that_only_one_rank_has_unscaled():
+    """GradScaler leaves the scale None there. A step would add up norms of different units."""
+    values = torch.arange(12.0).view(6, 2)
+    param = nn.Parameter(distribute_tensor(values, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    optimizer = LARS([param], lr=0.5, momentum=0.9, fused=True)
+    param.grad = torch.ones_like(param)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.grad_scale = None if dist.get_rank() == 0 else torch.tensor(4.0)
+    with pytest.raises(ValueError, match="has (a|no) grad_scale, unlike rank"):
+        optimizer.step()
+    assert torch.equal(full(param.detach()), values)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  registers torch.classes.fused_lars
+from ._torch_internals import script_class_name
 
 __all__ = ["Lars"]
 
@@ -14,7 +15,7 @@ _NAME = "__torch__.torch.classes.fused_lars.Lars"
 
 
 def _is_lars(instance: object) -> bool:
-    return isinstance(instance, torch.ScriptObject) and instance._type().qualified_name() == _NAME
+    return isinstance(instance, torch.ScriptObject) and script_class_name(instance) == _NAME
 
 
 class _ScriptClass(type):

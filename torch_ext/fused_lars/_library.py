@@ -47,9 +47,9 @@ def show_config() -> str:
     """Describes what the library was built from and what it uses on this machine.
 
     Returns:
-        Lines of text: the version, the torch and the CUDA (with its architectures) that the library was built
-        with, and the instruction set and the number of threads of the CPU step. A Python prompt shows them as
-        ``print`` does.
+        str: lines with the version, the torch and the CUDA (with its architectures) that the library was
+        built with, and the instruction set and the number of threads of the CPU step. A Python prompt shows
+        them as ``print`` does.
     """
     return _Lines(
         f"fused_lars {__version__}\n"

@@ -50,7 +50,7 @@ class OpCall:
         self.differentiable = differentiable
         self.lists = empty_lists()
         self.params = self.lists.params
-        # What the op gets. With DTensors it has their local tensors, while `lists` has the DTensors.
+        # What the op gets. In an optimizer with DTensors these are lists of their own, of local tensors.
         self.local = self.lists
         self.group_ends: list[int] = []
         self.group_indices: list[int] = []  # in param_groups
@@ -62,12 +62,12 @@ class OpCall:
         self._kept: Any = None  # type checkers do not know its methods
 
     @property
-    def is_sharded(self) -> bool:
+    def has_local_lists(self) -> bool:
         return self.local is not self.lists
 
     def add_lists(self, lists: TensorLists, local: TensorLists | None = None) -> None:
-        """Adds tensors of a group. A sharded call gets `local` for all its groups, others for none."""
-        if local is not None and not self.is_sharded:
+        """Adds tensors of a group. `local` is given for all groups of a call or for none."""
+        if local is not None and not self.has_local_lists:
             self.local = empty_lists()
         for own, more in ((self.lists, lists), (self.local, local)):
             if more is not None:

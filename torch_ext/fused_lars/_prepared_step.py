@@ -50,7 +50,7 @@ class PreparedStep:
         if len(calls) != 1:
             return None
         ((key, call),) = calls.items()
-        if call.reference or call.is_sharded or len(call.group_indices) != len(param_groups):
+        if call.reference or call.has_local_lists or len(call.group_indices) != len(param_groups):
             return None
         if any(isinstance(group["lr"], Tensor) for group in param_groups):
             return None

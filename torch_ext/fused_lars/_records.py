@@ -1,6 +1,6 @@
 """Records the trust ratio and the norms of every parameter in a step."""
 
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,89 +73,6 @@ class Records(dict[tuple, Record]):
             columns = (_rows(column, as_numbers) for column in record.layer_norms.unbind(1))
             values.update(zip(record.params, map(LayerNorms, *columns)))
         return _named(values, param_groups) if by_name else values
-
-
-class ReadsRecords:
-    """The methods of an optimizer that read what its last step recorded."""
-
-    param_groups: list[dict[str, Any]]
-
-    @property
-    def _records(self) -> Records:
-        raise NotImplementedError
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
-    ) -> dict[Tensor, Tensor]: ...
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
-    ) -> dict[Tensor, float]: ...
-
-    @overload
-    def trust_ratios(
-        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
-    ) -> dict[str, Tensor]: ...
-
-    @overload
-    def trust_ratios(self, *, by_name: Literal[True], as_numbers: Literal[True]) -> dict[str, float]: ...
-
-    def trust_ratios(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """Returns the trust ratio q that the last step used for each parameter with a gradient.
-
-        Args:
-            by_name (bool): True: the keys are names, as in :func:`fused_lars.param_groups`; the key of a
-                parameter without a name is its place in ``param_groups``. False: the keys are parameters.
-                Default: False.
-            as_numbers (bool): True: the values are floats, and the host waits for the step. Default: False.
-
-        Returns:
-            A dict with a 0-dim fp64 tensor for each parameter, on its device (fp32 if the device has no
-            fp64). Getting tensors synchronises nothing. Ratios are NaN until a first step was applied. A step
-            that a ``GradScaler`` skipped leaves the ratios of the step before. If a norm is 0 or NaN the
-            ratio is 1, so look for NaN in :meth:`layer_norms`. Steps of ordinary operators that ran under
-            ``torch.compile`` are not recorded.
-        """
-        return self._records.trust_ratios(self.param_groups, by_name, as_numbers)
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[False] = False
-    ) -> dict[Tensor, LayerNorms[Tensor]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[False] = False, as_numbers: Literal[True]
-    ) -> dict[Tensor, LayerNorms[float]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[True], as_numbers: Literal[False] = False
-    ) -> dict[str, LayerNorms[Tensor]]: ...
-
-    @overload
-    def layer_norms(
-        self, *, by_name: Literal[True], as_numbers: Literal[True]
-    ) -> dict[str, LayerNorms[float]]: ...
-
-    def layer_norms(self, *, by_name: bool = False, as_numbers: bool = False) -> dict[Any, Any]:
-        """Returns the norms that the last step took before it changed anything.
-
-        Args:
-            by_name (bool): as for :meth:`trust_ratios`.
-            as_numbers (bool): as for :meth:`trust_ratios`; the result can be written as JSON.
-
-        Returns:
-            A dict with a named tuple for each parameter that had a gradient. ``weight`` is the L2 norm of the
-            parameter. ``grad`` is the L2 norm of its gradient after division by a ``GradScaler``'s scale. In
-            a group with ``decayed_norm``, ``grad`` is the L2 norm of ``g' + weight_decay * w``. For a sharded
-            parameter both are norms of the whole. Types and exceptions are those of :meth:`trust_ratios`. A
-            NaN or inf in a gradient shows in its norm. If it shows in some layers only, it began in the last
-            of them, in the order of the forward pass.
-        """
-        return self._records.layer_norms(self.param_groups, by_name, as_numbers)
 
 
 def _rows(tensor: Tensor, as_numbers: bool):

@@ -28,10 +28,8 @@ class _Seen:
     params: list[Tensor] | None = None
 
     def made_flat(self, params: list[Tensor]) -> bool:
-        """Whether all are flat and new.
-
-        If all were flat before and none is missing, they may be resized biases.
-        """
+        """Whether all are flat and new, and are no resized biases."""
+        # A group of biases alone had nothing but flat parameters, and has as many after a resize.
         if self.all_flat and len(params) >= len(self.ids):
             return False
         return not any(id(p) in self.ids or _has_shape(p) or type(p).__name__ == "DTensor" for p in params)

@@ -1,11 +1,11 @@
 """Makes a step outside torch.compile: gathers, checks and makes it, or repeats the last one."""
 
-from ._errors import run_call
 from ._gather import append_group, gather_calls
 from ._masters import WrittenParams
 from ._op_call import OpCalls
 from ._prepared_step import PreparedStep
 from ._records import Records
+from ._run_call import run_call
 from ._step_inputs import StepInputs
 from ._workspace import Workspaces
 

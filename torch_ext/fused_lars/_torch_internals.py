@@ -1,6 +1,7 @@
-"""Everything that this package uses of torch's private API, its purpose, and what could replace it.
+"""What this package uses of torch's private API, for what, and which public API could replace it.
 
-The test suite runs on the oldest and the newest supported torch, so it fails if one of these changes.
+LARS also has two members that torch looks for by name: `_step_supports_amp_scaling`, which GradScaler reads,
+and `_init_group`, which torch.compile runs without tracing it. If torch changes one of these, tests fail.
 """
 
 from collections.abc import Callable
@@ -43,6 +44,11 @@ check_graph_capture: Callable[[Optimizer], None] = (
     if hasattr(Optimizer, "_accelerator_graph_capture_health_check")
     else Optimizer._cuda_graph_capture_health_check
 )
+
+
+def script_class_name(script_object: torch.ScriptObject) -> str:
+    """The qualified name of the TorchScript class of an object. Public: none."""
+    return script_object._type().qualified_name()
 
 
 def is_dtensor_like(tensor: Tensor) -> bool:

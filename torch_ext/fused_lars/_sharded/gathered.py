@@ -151,4 +151,4 @@ _is_there = partial(is_not, None)
 
 
 def _on_device(inputs: StepInputs, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    return on_device(inputs.found_inf, device), on_device(inputs.grad_scale, device)
+    return on_device(inputs.grad_scale, device), on_device(inputs.found_inf, device)

@@ -15,7 +15,7 @@ from .._workspace import Workspace
 from .peers import Peers
 
 
-class _Part(NamedTuple):
+class _GroupRows(NamedTuple):
     """Rows of one parameter group."""
 
     group_index: int | None  # None: the last row of a message
@@ -33,12 +33,12 @@ class _Message(NamedTuple):
 class NormRows:
     """The rows of one norms op. The rows of one set of ranks are contiguous and form its message."""
 
-    def __init__(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._found_inf = found_inf
         self._grad_scale = grad_scale
         self._weights: list[Tensor] = []
         self._grads: list[Tensor] = []
-        self._parts: list[_Part] = []
+        self._group_rows: list[_GroupRows] = []
         self._messages: list[_Message] = []
         self._begin = 0  # of the next message
         self._without_grad: dict[int, int] = {}  # the group of each row
@@ -80,7 +80,7 @@ class NormRows:
                 self._weights += (_weight_without_grad(p, state) for p in members)
                 self._grads += self._weights[begin:]
                 self._without_grad.update(dict.fromkeys(range(begin, len(self._weights)), group_index))
-        self._parts.append(_Part(group_index, len(self._weights) - first))
+        self._group_rows.append(_GroupRows(group_index, len(self._weights) - first))
 
     def end(self, peers: Peers | None) -> None:
         """Ends the rows that `peers` share. They begin at the last end. None: no other rank shares them."""
@@ -88,7 +88,7 @@ class NormRows:
             last = self._last()
             self._weights.append(last)
             self._grads.append(last)
-            self._parts.append(_Part(None, 1))
+            self._group_rows.append(_GroupRows(None, 1))
             self._messages.append(_Message(self._begin, len(self._weights), peers))
         self._begin = len(self._weights)
 
@@ -101,7 +101,7 @@ class NormRows:
         # Between two steps only its owner may keep a gradient's memory.
         self._grads.clear()
 
-    def renew(self, grads: list[list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def renew(self, grads: list[list[Tensor]], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes other gradients for the same rows. `grads` has those of each set of ranks in turn."""
         ends = {message.begin: message.end for message in self._messages}
         # found_inf, if there is one, is the last row of each message, and a new tensor in every step.
@@ -122,11 +122,11 @@ class NormRows:
             return  # nothing is shared: the step takes its norms itself
         options: dict[int | None, tuple[float, bool, bool]] = {None: (0.0, False, False)}
         options.update({index: _norm_options(group) for index, group in enumerate(param_groups)})
-        columns = zip(*(options[part.group_index] for part in self._parts))
+        columns = zip(*(options[rows.group_index] for rows in self._group_rows))
         weight_decay, maximize, decayed_norm = map(list, columns)
         if self._prepared is None:
             self._prepared = torch.classes.fused_lars.PreparedNorms(
-                self._weights, [part.size for part in self._parts]
+                self._weights, [rows.size for rows in self._group_rows]
             )
         self._norms = self._prepared.run_with(
             self._grads, weight_decay, maximize, decayed_norm, self._grad_scale, workspace.tensor

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._checks import HYPERPARAMETERS, are_hyperparameters, check_group
-from .._errors import run_call
 from .._names import parameter_name
 from .._op_call import OpCalls
+from .._run_call import run_call
 from .._same import SameParams
 from .._step_inputs import StepInputs
 from .._torch_internals import FSDP1_FLATTENED

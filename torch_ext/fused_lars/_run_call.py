@@ -1,4 +1,4 @@
-"""Makes the errors of an op call name groups and parameters. The op knows a tensor only by list and index."""
+"""Makes an op call, and makes its errors name groups and parameters. The op knows only lists and indices."""
 
 import re
 
@@ -18,6 +18,7 @@ def run_call(
 
     Raises:
         ValueError: the op refuses it. The text has the parameter's name and its place in param_groups.
+        RuntimeError, TypeError: as the op raises them.
     """
     try:
         call.run(inputs.grad_scale, inputs.found_inf, record, workspace, check_only)
