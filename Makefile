@@ -34,7 +34,7 @@ ssl: $(VENV)/examples.stamp build
 test: $(VENV)/test.stamp googletest
 	$(MAKE) build CMAKE_FLAGS=-DFUSED_LARS_TESTS=ON
 	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/bench.stamp build
 	$(PYTHON) benchmarks/step.py
