@@ -140,6 +140,6 @@ def test_gradients_that_only_one_rank_has_unscaled():
     param.grad = torch.ones_like(param)
     optimizer.found_inf = torch.zeros(())
     optimizer.grad_scale = None if dist.get_rank() == 0 else torch.tensor(4.0)
-    with pytest.raises(ValueError, match="has (a|no) grad_scale, unlike rank"):
+    with pytest.raises(ValueError, match=r"has (a|no) grad_scale, unlike rank"):
         optimizer.step()
     assert torch.equal(full(param.detach()), values)

@@ -159,6 +159,19 @@ def test_a_repeated_step_gathers_no_lists():
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_every_step_raises_version_counters(foreach):
+    """Of DTensors and of what they hold, so that autograd notices the change."""
+    params, optimizer = make(foreach=foreach)
+    for step in range(4):
+        set_grads(params, step)
+        tensors = [*params, *(p._local_tensor for p in params if isinstance(p, DTensor))]
+        before = [t._version for t in tensors]
+        optimizer.step()
+        assert all(t._version > version for t, version in zip(tensors, before))
+
+
+@on_ranks(2)
 def test_gradients_are_not_kept_alive():
     params, optimizer = make()
     for step in range(3):
