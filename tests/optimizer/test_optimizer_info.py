@@ -111,7 +111,7 @@ def test_goes_in_the_right_direction(optim_input, strided, device):
     assert closure() < first
 
 
-@pytest.mark.parametrize("constructors", INFO.scheduler_inputs, ids=str)
+@pytest.mark.parametrize("constructors", INFO.scheduler_inputs, ids=lambda made: f"{len(made)} schedulers")
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 def test_goes_in_the_right_direction_with_schedulers(constructors, lr):
     weight, bias, x = make_problem("cpu")
