@@ -19,14 +19,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 class PreparedStep final : public torch::CustomClassHolder {
  public:
-  // `without_grad`: the parameters that had no gradient, so that the step leaves them alone. `holders`: the
-  // DTensors that `params` are the local tensors of. Each has a version counter of its own.
+  // `without_grad`: the parameters that had no gradient, so that the step leaves them alone.
   PreparedStep(Tensors params, Tensors momentum_buffers, Tensors master_params, Tensors steps,
-               std::vector<at::Tensor> without_grad, c10::List<int64_t> group_sizes,
-               std::vector<at::Tensor> holders)
+               std::vector<at::Tensor> without_grad, c10::List<int64_t> group_sizes)
       : params_(params.vec()),
         without_grad_(std::move(without_grad)),
-        holders_(std::move(holders)),
         before_grads_{std::move(params)},
         after_grads_{std::move(momentum_buffers), std::move(master_params), std::move(steps),
                      std::move(group_sizes)} {}
@@ -72,13 +69,10 @@ class PreparedStep final : public torch::CustomClassHolder {
          {&squared_norms, &grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
       stack.emplace_back(*tensor);
     op.callBoxed(stack);
-    for (const auto& holder : holders_) {
-      if (!holder.is_inference()) holder.unsafeGetTensorImpl()->bump_version();
-    }
   }
 
  private:
-  std::vector<at::Tensor> params_, without_grad_, holders_;
+  std::vector<at::Tensor> params_, without_grad_;
   // The arguments of the op, in the order of its schema.
   torch::jit::Stack before_grads_, after_grads_, hyperparameters_;
 };
@@ -108,8 +102,7 @@ class PreparedNorms final : public torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   library.class_<PreparedStep>("PreparedStep")
-      .def(torch::init<Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>, c10::List<int64_t>,
-                       std::vector<at::Tensor>>())
+      .def(torch::init<Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>, c10::List<int64_t>>())
       .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
       .def("run", &PreparedStep::run)
       .def("run_with", &PreparedStep::run_with);

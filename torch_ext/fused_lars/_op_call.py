@@ -60,15 +60,10 @@ class OpCall:
         self.found_inf: Tensor | None = None
         # `local` without gradients, kept in C++ for a call that is repeated.
         self._kept: Any = None  # type checkers do not know its methods
-        self.has_raised_versions = False  # of the DTensors, as C++ does when it repeats a call
 
     @property
     def has_local_lists(self) -> bool:
         return self.local is not self.lists
-
-    def dtensors(self) -> list[Tensor]:
-        """The parameters that the op gets only the local tensors of."""
-        return [p for p, local in zip(self.params, self.local.params) if p is not local]
 
     def add_lists(self, lists: TensorLists, local: TensorLists | None = None) -> None:
         """Adds tensors of a group. `local` is given for all groups of a call or for none."""
@@ -119,9 +114,7 @@ class OpCall:
             self._run_kept(
                 values, on_device(grad_scale, device), on_device(found_inf, device), record, workspace
             )
-            self.has_raised_versions = True
             return
-        self.has_raised_versions = False
         with torch.set_grad_enabled(self.differentiable):
             getattr(op, overload)(
                 *self.local,
@@ -139,9 +132,7 @@ class OpCall:
         """Keeps everything but the gradients for the next time that this call is made."""
         if self._kept is None and not self.reference:
             params, _, *state = self.local
-            self._kept = torch.classes.fused_lars.PreparedStep(
-                params, *state, [], self.group_sizes(), self.dtensors()
-            )
+            self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
         self.squared_norms = self.found_inf = None
         self.lists.grads.clear()
         self.local.grads.clear()

@@ -38,7 +38,6 @@ class PreparedStep:
             *state_lists,
             [p for group in self._params.of_groups for p in group if id(p) not in called],
             call.group_sizes(),
-            [],
         )
         self._run = self._call.run
 

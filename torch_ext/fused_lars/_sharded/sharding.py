@@ -112,10 +112,12 @@ class Sharding:
         return gathered.calls
 
     def after_step(self, inputs: StepInputs) -> None:
-        gathered, self._in_step = self._in_step, None
         # Autograd must notice the change, as it would after an operator on the DTensor itself.
-        calls = [call for call in gathered.calls.values() if not call.has_raised_versions]
-        torch.autograd.graph.increment_version([p for call in calls for p in call.dtensors()])
+        gathered, self._in_step = self._in_step, None
+        dtensors = self._dtensors
+        if not gathered.is_renewed:
+            dtensors = [p for p in dtensors if p.grad is not None]
+        torch.autograd.graph.increment_version(dtensors)
         if gathered.keep(inputs):
             self._gathered = gathered
 
