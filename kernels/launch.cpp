@@ -14,8 +14,13 @@ constexpr int64_t kNormItemWords = 4;  // sums
 // How a bucket's tensors are cut.
 class Tiling {
  public:
-  Tiling(const Kernel& kernel, const std::vector<GroupRow>& groups, const LaunchOptions& options)
-      : kernel_(kernel), groups_(groups), options_(options) {}
+  // Stages: tiles that a block keeps, 0 or more.
+  Tiling(const Kernel& kernel, const std::vector<GroupRow>& groups, const LaunchOptions& options,
+         int64_t stages)
+      : kernel_(kernel),
+        groups_(groups),
+        options_(options),
+        most_kept_(static_cast<uint32_t>(most_kept_tiles(kernel.footprint, options.device, stages))) {}
 
   // At least one, so that the trust ratio of an empty tensor is written too.
   uint32_t tiles(const LaunchTensor& tensor) const {
@@ -26,7 +31,7 @@ class Tiling {
     if (options_.pass == Pass::norms) return {count, 0};
     const bool needs_norms = options_.pass == Pass::step &&
                              (options_.layer_norms || groups_[tensor.group].hyperparameters.layer_adaptation);
-    return {needs_norms && count > 1 ? count : 0, count};
+    return needs_norms ? items_of_step(count, most_kept_) : ItemCounts{0, count};
   }
   uint16_t last_tile(const LaunchTensor& tensor) const {
     return static_cast<uint16_t>(tensor.numel - int64_t{tiles(tensor) - 1} * kernel_.tile);
@@ -36,6 +41,7 @@ class Tiling {
   const Kernel& kernel_;
   const std::vector<GroupRow>& groups_;
   const LaunchOptions& options_;
+  const uint32_t most_kept_;
 };
 
 // Fills a launch's table.
@@ -119,21 +125,16 @@ Workspace lay_out(void* base, const Order& order) {
   return workspace;
 }
 
-}  // namespace
-
-int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
-                        const LaunchOptions& options) {
+cudaError_t launch_with_stages(int64_t stages, const Bucket& bucket, const std::vector<GroupRow>& groups,
+                               const LaunchOptions& options, void* workspace, cudaStream_t stream) {
   const Kernel& kernel = *find_kernel(bucket.types);
-  const Tiling tiling(kernel, groups, options);
-  int64_t words = kWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size());
-  for (const auto& tensor : bucket.tensors) words += kNormItemWords * tiling.items(tensor).norms;
-  return words;
-}
-
-cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
-                   void* workspace, cudaStream_t stream) {
-  const Kernel& kernel = *find_kernel(bucket.types);
-  const auto resident = static_cast<uint32_t>(resident_blocks(kernel.footprint, options.device));
+  const auto* function = reinterpret_cast<const void*>(kernel.function);
+  const auto shared_bytes = static_cast<size_t>(stages * kernel.footprint.stage_bytes);
+  if (stages > 0) {
+    const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   Parameters p;
   p.pass = options.pass;
   p.grad_scale = options.grad_scale;
@@ -141,20 +142,48 @@ cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, co
   p.trust_ratios = options.trust_ratios;
   p.layer_norms = options.layer_norms;
   p.squared_norms = options.squared_norms;
+  p.order.stages = static_cast<uint32_t>(stages);
+  p.order.updates_from_the_end = options.pass == Pass::update;
 
-  const Tiling tiling(kernel, groups, options);
+  const auto resident = static_cast<uint32_t>(resident_blocks(kernel.footprint, options.device));
+  const Tiling tiling(kernel, groups, options, stages);
   Packer packer(bucket, groups, tiling);
   for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
     packer.fill(p, begin);
-    set_window(p.order, kernel.footprint, options.device, options.pass);
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
-    const dim3 grid(std::min(ticket_count(p.order), resident));
-    const auto error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel.function), grid,
-                                        dim3(kernel.threads), arguments, 0, stream);
+    const dim3 grid(std::min(ticket_count(p.order.items), resident)), block(kernel.threads);
+    const auto launch_kernel = stages > 0 ? cudaLaunchCooperativeKernel : cudaLaunchKernel;
+    const auto error = launch_kernel(function, grid, block, arguments, shared_bytes, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
+                        const LaunchOptions& options) {
+  const Tiling tiling(*find_kernel(bucket.types), groups, options, /*stages=*/0);
+  int64_t words = kWords + kTensorWords * static_cast<int64_t>(bucket.tensors.size());
+  for (const auto& tensor : bucket.tensors) words += kNormItemWords * tiling.items(tensor).norms;
+  return words;
+}
+
+cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
+                   void* workspace, cudaStream_t stream) {
+  // Only a whole step has tiles to keep.
+  const int64_t stages = options.pass == Pass::step
+                             ? stages_of_block(find_kernel(bucket.types)->footprint, options.device)
+                             : 0;
+  const auto error = launch_with_stages(stages, bucket, groups, options, workspace, stream);
+  // The device does not hold as many blocks as its properties say, or never runs all of a launch at once. This
+  // shows at the first kernel, so nothing has been updated yet.
+  const bool does_not_fit =
+      error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+  if (stages == 0 || !does_not_fit) return error;
+  cudaGetLastError();  // or the next call to look would find it
+  return launch_with_stages(0, bucket, groups, options, workspace, stream);
 }
 
 }  // namespace fused_lars

@@ -55,7 +55,7 @@ struct LaunchOptions {
   double* squared_norms = nullptr;  // written by Pass::norms, read by Pass::update
   double* trust_ratios = nullptr;
   double* layer_norms = nullptr;
-  DeviceSize device = {1, 0};
+  DeviceSize device = {1, 0, 0};
 };
 
 // The workspace that launching the bucket takes: int32 words, all zero, which it leaves zero.

@@ -27,13 +27,12 @@ __device__ __forceinline__ double decode_norm(double partial) {
   return partial < 0.0 ? -partial : sqrt(partial);
 }
 
-// A tile's partials, in all lanes of warp 0, given its plain sums in lane 0.
+// A tile's partials, given its plain sums, in all lanes of the calling warp.
 template <typename Types>
 __device__ __forceinline__ Sums<double> tile_partials(const Tile<Types>& tile,
                                                       Sums<typename Types::Compute> sums,
                                                       NormOf<typename Types::Compute> of) {
   using Compute = typename Types::Compute;
-  sums = {__shfl_sync(~0u, sums.weight, 0), __shfl_sync(~0u, sums.grad, 0)};
   const Sums<double> scale = {square_scale<Compute>(sums.weight, Types::kTile),
                               square_scale<Compute>(sums.grad, Types::kTile)};
   if (scale.weight != 1.0 || scale.grad != 1.0) {
@@ -45,11 +44,11 @@ __device__ __forceinline__ Sums<double> tile_partials(const Tile<Types>& tile,
   return {encode_partial(sums.weight, scale.weight), encode_partial(sums.grad, scale.grad)};
 }
 
-// The norm of a tensor that has partials of both kinds, in all lanes of warp 0: every second number of
-// `partials`.
+// The norm of a tensor that has partials of both kinds, in all lanes of the calling warp: every second number
+// of `partials`.
 __device__ __noinline__ double norm_of_mixed_partials(const double* partials, uint32_t tiles) {
   double largest = 0.0;
-  for (uint32_t tile = threadIdx.x; tile < tiles; tile += 32) {
+  for (uint32_t tile = threadIdx.x % 32; tile < tiles; tile += 32) {
     largest = fmax(largest, decode_norm(partials[2 * tile]));
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -57,7 +56,7 @@ __device__ __noinline__ double norm_of_mixed_partials(const double* partials, ui
   }
   if (largest == 0.0) return 0.0;
   double sum = 0.0;
-  for (uint32_t tile = threadIdx.x; tile < tiles; tile += 32) {
+  for (uint32_t tile = threadIdx.x % 32; tile < tiles; tile += 32) {
     const double ratio = decode_norm(partials[2 * tile]) / largest;
     sum += ratio * ratio;
   }

@@ -3,22 +3,23 @@
 // The order in which the blocks of the CUDA step take their work.
 //
 // Tensors are cut into tiles. A tensor's update needs the norms of the whole tensor, so each tile is visited
-// twice. A norm item reads its weights and gradients. An update item reads them again, soon enough to find
-// them in L2. Blocks draw tickets from one counter, and ticket k stands for the k-th item of
+// twice. Blocks draw tickets from one counter, and ticket k stands for the k-th item of
 //
-//   norm items of tensor 0 and of the distance(0) norm items after it, update items of tensor 0,
-//   norm items up to distance(1) after tensor 1,                       update items of tensor 1, ...
+//   norm items of tensor 0, update items of tensor 0, norm items of tensor 1, update items of tensor 1, ...
 //
-// Norms run ahead of updates by one tensor and its distance. That is far enough for most norms to be ready
-// when their updates come, and near enough for what they read to be in L2 still. A large tensor fills L2 by
-// itself, so its distance is shorter.
+// Most tiles have no update item. The block that takes a tile's norms keeps what it has read in shared memory,
+// and updates the tile itself once the tensor's norms are complete. Meanwhile it draws further tickets, as long
+// as it has room. Only of a tensor that would fill the device the first tiles are not kept. They have update
+// items, which read weights and gradients again.
 //
-// There is no deadlock, however few blocks are resident. A block works off its tickets in rising order. Norm
-// items never wait, and an update item waits only for norm items with lower tickets. So the block that has
-// the lowest unfinished ticket can always run, and it has finished all tickets that it drew before.
+// There is no deadlock. Norm items never wait. A block holds a ticket only if it has room for its tile, and
+// a tensor keeps fewer tiles than all blocks have room for. So the first tensor that is not complete gets its
+// norms: what is kept of the tensors before it needs no other work and makes room. This needs all blocks to
+// run at the same time, which a cooperative launch ensures. Where nothing is kept, that is not needed: then
+// an item waits only for norm items with lower tickets.
 //
 // A tensor has no norm items if its norms are not needed, or if its only update item takes them. A launch for
-// norms alone has no update items, and the launch for the updates has no norm items.
+// norms alone has no update items and keeps nothing, and the launch for the updates has no norm items.
 
 #include <cstdint>
 
@@ -39,30 +40,17 @@ struct WorkItem {
   uint32_t tensor;
   uint32_t tile;
   bool is_update;
-  uint32_t turn;  // the tensor in whose turn the item is handed out
 };
 
 struct Order {
-  ItemCounts items;        // of all tensors
-  uint32_t tensors;        // at least 1
-  uint32_t window;         // norm items that L2 has room for, the updates between them included
-  uint32_t min_distance;   // in norm items
-  uint32_t max_distance;   // at most `window`, or min_distance
-  uint32_t forward_tiles;  // a tensor of more tiles is updated from its end, where its norms were taken last
+  ItemCounts items;  // of all tensors
+  uint32_t tensors;  // at least 1
+  uint32_t stages;   // tiles that a block can keep
+  // The launch before took the norms, from the first tile to the last, and L2 still holds the last ones.
+  bool updates_from_the_end;
 };
 
-FUSED_LARS_INLINE uint32_t ticket_count(const Order& order) {
-  return order.items.norms + order.items.updates;
-}
-
-// How many norm items are handed out after a tensor of so many before its updates are. From one tensor to the
-// next it falls by no more than the next one's items, so the number that are out never falls.
-FUSED_LARS_INLINE uint32_t distance_after(const Order& order, uint32_t norm_items) {
-  const uint32_t taken = norm_items / 2;
-  const uint32_t left = order.window > taken ? order.window - taken : 0;
-  if (left < order.min_distance) return order.min_distance;
-  return left < order.max_distance ? left : order.max_distance;
-}
+FUSED_LARS_INLINE uint32_t ticket_count(const ItemCounts& items) { return items.norms + items.updates; }
 
 // The largest i < count with begin(i) <= value, for a rising `begin`; `low` where there is none. It must not
 // be less than `low`, and is found fastest where it is little more: the steps from there double.
@@ -82,31 +70,20 @@ FUSED_LARS_INLINE uint32_t last_at_or_below(uint32_t count, uint32_t value, cons
   return low;
 }
 
-// The item of a ticket below ticket_count(order). before(i) are the ItemCounts before tensor i, for i from 0
-// to order.tensors. The search starts from `previous`, the item of any lower ticket.
+// The item of a ticket below ticket_count(order.items). before(i) are the ItemCounts before tensor i, for i
+// from 0 to order.tensors. The search starts from `from`, the tensor of any lower ticket.
 template <typename Before>
 FUSED_LARS_INLINE WorkItem work_item(const Order& order, uint32_t ticket, const Before& before,
-                                     const WorkItem& previous = {}) {
-  // Norm items handed out before the items of tensor i's turn, i > 0. Before the first are none.
-  const auto norms_before_turn = [&](uint32_t i) {
-    const uint32_t norms = before(i).norms;
-    const uint32_t ahead = norms + distance_after(order, norms - before(i - 1).norms);
-    return ahead < order.items.norms ? ahead : order.items.norms;
-  };
-  const auto turn_begin = [&](uint32_t i) { return norms_before_turn(i) + before(i).updates; };
-
-  const uint32_t turn = last_at_or_below(order.tensors, ticket, turn_begin, previous.turn);
-  const uint32_t norm = ticket - before(turn).updates;
-  const uint32_t norms_end = norms_before_turn(turn + 1);
-  if (norm < norms_end) {
-    const auto norms_begin = [&](uint32_t i) { return before(i).norms; };
-    const uint32_t from = previous.tensor > turn ? previous.tensor : turn;
-    const uint32_t tensor = last_at_or_below(order.tensors, norm, norms_begin, from);
-    return {tensor, norm - before(tensor).norms, false, turn};
-  }
-  const uint32_t tiles = before(turn + 1).updates - before(turn).updates;
-  const uint32_t tile = norm - norms_end;
-  return {turn, tiles > order.forward_tiles ? tiles - 1 - tile : tile, true, turn};
+                                     uint32_t from = 0) {
+  const auto begin = [&](uint32_t i) { return ticket_count(before(i)); };
+  const uint32_t tensor = last_at_or_below(order.tensors, ticket, begin, from);
+  const uint32_t norms = before(tensor + 1).norms - before(tensor).norms;
+  const uint32_t updates = before(tensor + 1).updates - before(tensor).updates;
+  const uint32_t item = ticket - begin(tensor);
+  if (item < norms) return {tensor, item, false};
+  // Of tiles that are read again, L2 is most likely to hold those that were read last.
+  const bool from_the_end = norms != 0 || order.updates_from_the_end;
+  return {tensor, from_the_end ? updates - 1 - (item - norms) : item, true};
 }
 
 }  // namespace fused_lars

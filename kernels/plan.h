@@ -1,7 +1,7 @@
 #pragma once
 
-// How many blocks a launch of the CUDA step has, and how far its norms run ahead of its updates. This follows
-// from the sizes of the device and of a tile alone, so it is tested on the host.
+// How much of a device a launch of the CUDA step takes. This follows from the sizes of the device and of a tile
+// alone, so it is tested on the host.
 
 #include <algorithm>
 #include <cstdint>
@@ -10,50 +10,43 @@
 
 namespace fused_lars {
 
+// The most tiles that a block keeps. On an H100 this takes all shared memory.
+constexpr int kMostStages = 4;
+
 struct DeviceSize {
   int64_t multiprocessors;
-  int64_t l2_bytes;
+  int64_t shared_bytes;           // of a multiprocessor
+  int64_t reserved_shared_bytes;  // of these, what each block costs beside its own
 };
 
-// What a block has in flight, and how many blocks of a kernel a multiprocessor holds.
+// What a block of a kernel takes.
 struct Footprint {
   int64_t blocks_per_multiprocessor;
-  int64_t norm_item_bytes;        // weights and gradients of a tile
-  int64_t momentum_buffer_bytes;  // of a tile
-
-  int64_t tile_bytes() const { return norm_item_bytes + momentum_buffer_bytes; }
+  int64_t shared_bytes;  // without stages
+  int64_t stage_bytes;   // weights and gradients of a tile
 };
 
-// As many blocks as fit, unless their tiles would take more than a quarter of the L2. Two a multiprocessor
-// are the least that keeps the memory busy.
 inline int64_t resident_blocks(const Footprint& kernel, const DeviceSize& device) {
-  const int64_t in_l2 = device.l2_bytes / 4 / (device.multiprocessors * kernel.tile_bytes());
-  return device.multiprocessors * std::clamp<int64_t>(in_l2, 2, kernel.blocks_per_multiprocessor);
+  return device.multiprocessors * kernel.blocks_per_multiprocessor;
 }
 
-// Sets how far norms run ahead, and which tensors are updated from their end.
-//
-// The plan counts on half of the L2. A100 and H100 have an L2 of two parts, which may both keep what all
-// multiprocessors read: full rates were published for some 70 % of its size. Of plans for all of it, for two
-// thirds and for half, the last has the least worst case where 100, 80, 67 or 50 % turn out to hold data
-// (docs/performance.md).
-inline void set_window(Order& order, const Footprint& kernel, const DeviceSize& device, Pass pass) {
-  const int64_t usable = device.l2_bytes / 2;
-  // The first tiles of a larger tensor have left L2 when its norms end. Its last tiles are still there. The
-  // same goes for every tensor of an update: the launch before it took the norms, from the first tile to the
-  // last.
-  order.forward_tiles = pass == Pass::update ? 0 : static_cast<uint32_t>(usable / kernel.tile_bytes());
+// As many as the shared memory of a multiprocessor has room for, beside its other blocks.
+inline int64_t stages_of_block(const Footprint& kernel, const DeviceSize& device) {
+  const int64_t of_block = device.shared_bytes / kernel.blocks_per_multiprocessor;
+  const int64_t room = of_block - device.reserved_shared_bytes - kernel.shared_bytes;
+  return std::clamp<int64_t>(room / kernel.stage_bytes, 0, kMostStages);
+}
 
-  // Two fifths of that are for what norm items have read and update items will read again. The rest is for
-  // the updates' own traffic.
-  const int64_t window = usable / 5 * 2 / kernel.norm_item_bytes;
-  // A block draws its next item while it works on one, so a norm item may lie a turn of all blocks in a
-  // block's hand. At a distance of one and a half turns few updates have to wait; at less than half a turn
-  // most do.
-  const int64_t resident = resident_blocks(kernel, device);
-  order.window = static_cast<uint32_t>(window);
-  order.min_distance = static_cast<uint32_t>(resident / 2);
-  order.max_distance = static_cast<uint32_t>(std::clamp(window, resident / 2, resident / 2 * 3));
+// The most tiles of one tensor that are kept. The next tensor gets at least the eighth that is left, so that
+// memory is busy while the norms of the first are completed.
+inline int64_t most_kept_tiles(const Footprint& kernel, const DeviceSize& device, int64_t stages) {
+  return resident_blocks(kernel, device) * stages / 8 * 7;
+}
+
+// The items of a tensor whose norms are needed, in a launch for the whole step.
+inline ItemCounts items_of_step(uint32_t tiles, uint32_t most_kept_tiles) {
+  if (tiles == 1) return {0, 1};  // its update item takes the norms
+  return {tiles, tiles > most_kept_tiles ? tiles - most_kept_tiles : 0};
 }
 
 }  // namespace fused_lars

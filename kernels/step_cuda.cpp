@@ -57,7 +57,8 @@ void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>&
                 LaunchOptions options, at::Tensor workspace, const at::Tensor& like) {
   const CurrentDevice current(like.device());
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  options.device = {device->multiProcessorCount, device->l2CacheSize};
+  options.device = {device->multiProcessorCount, static_cast<int64_t>(device->sharedMemPerMultiprocessor),
+                    static_cast<int64_t>(device->reservedSharedMemPerBlock)};
 
   int64_t words = 0;
   for (const auto& bucket : buckets) words = std::max(words, workspace_words(bucket, groups, options));

@@ -16,9 +16,8 @@ const Kernel* kernel() {
       .footprint =
           {
               .blocks_per_multiprocessor = kBlocksPerMultiprocessor,
-              .norm_item_bytes =
-                  Types::kTile * (sizeof(typename Types::Weight) + sizeof(typename Types::Grad)),
-              .momentum_buffer_bytes = Types::kTile * sizeof(typename Types::MomentumBuffer),
+              .shared_bytes = sizeof(BlockShared<Types>) + 16,
+              .stage_bytes = Types::kStageBytes,
           },
   };
   return &kernel;

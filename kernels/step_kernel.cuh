@@ -4,234 +4,23 @@
 //
 // A norm item sums the squares of one tile, writes the sums to the workspace and counts itself as done. The
 // block that does the last norm item of a tensor adds the tensor's sums in the order of its tiles and
-// publishes the trust ratio. The tensor's update items wait for that ratio. A tensor of one tile has no norm
-// item: its update item takes the norms from registers.
+// publishes the trust ratio. The tensor's updates wait for that ratio. A tensor of one tile has no norm item:
+// its update item takes the norms from registers.
 //
-// A block does one item a turn. While the loads of an item are under way, one thread draws the next ticket
-// and looks up what it stands for.
-//
-// Shared memory is double-buffered: even and odd turns have a copy each. A turn may have a single barrier,
-// and with two copies that is enough. A thread that writes for turn t has passed the barrier of turn t - 1.
-// No thread passes that barrier before it has read all that it needs of turn t - 2.
+// Between a tile's norms and its update, weights and gradients stay in shared memory (a stage). They cross the
+// L2 once, as in an update without norms. That matters on GPUs whose L2 has two parts: the link between them
+// carries half of all traffic, whether it hits or not (docs/performance.md).
 
-#include <cub/warp/warp_reduce.cuh>
-#include <cuda/atomic>
-
-#include "norms.cuh"
-#include "parameters.h"
-#include "tile.cuh"
+#include "dispatcher.cuh"
 
 namespace fused_lars {
 
-constexpr int kBlocksPerMultiprocessor = 4;
-// The thread that draws tickets. It is not in warp 0, because thread 0 may be waiting for a trust ratio.
-constexpr uint32_t kTicketThread = 32;
-
-template <typename T>
-using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
-
-// A trust ratio in the workspace. A ratio is never negative, so its sign bit can mark it as published. All
-// bits are zero until then.
-__device__ __forceinline__ uint64_t encode_ratio(double q) { return __double_as_longlong(q) | 1ull << 63; }
-__device__ __forceinline__ double decode_ratio(uint64_t bits) {
-  return __longlong_as_double(bits & ~(1ull << 63));
-}
-
-// What a block is to do in one turn. Made by one thread, read by all.
-template <typename Types>
-struct Work {
-  Tile<Types> tile;
-  WorkItem item;
-  uint32_t tiles;  // of the tensor
-  // Words, not bools: the compiler may load four bools as one vector, of which some were never written.
-  uint32_t has_decayed_norm;
-  uint32_t waits;    // for norms that other items take
-  bool takes_norms;  // as every norm item does
-  bool is_none;      // the block is done
-
-  DecayedGradient<typename Types::Compute> decayed_gradient;  // where its norm is taken
-};
-
-__device__ __forceinline__ double grad_scale(const Parameters& p) {
-  return p.grad_scale == nullptr ? 1.0 : *p.grad_scale;
-}
-
-__device__ __forceinline__ uint32_t draw_ticket(const Parameters& p) {
-  return DeviceAtomic<uint32_t>(*p.workspace.tickets).fetch_add(1, cuda::memory_order_relaxed);
-}
-
-// Writes straight into shared memory. A Work that is returned by value would occupy registers across turns,
-// because parts of it stay undefined when there is no item.
-template <typename Types>
-__device__ __forceinline__ void look_up(const Parameters& p, uint32_t ticket, const WorkItem& previous,
-                                        Work<Types>& work) {
-  work.is_none = ticket >= ticket_count(p.order);
-  if (ticket >= ticket_count(p.order)) return;
-  const WorkItem item = work_item(p.order, ticket, [&](uint32_t i) { return p.items_before(i); }, previous);
-  const TensorRow row = p.tensor(item.tensor);
-  const ItemCounts begin = p.items_before(item.tensor), end = p.items_before(item.tensor + 1);
-  const bool has_norm_items = end.norms != begin.norms;
-  const uint32_t tiles = has_norm_items ? end.norms - begin.norms : end.updates - begin.updates;
-  work.item = item;
-  work.tiles = tiles;
-  // A tensor whose norms are needed and which has no norm items has one tile.
-  const Hyperparameters& group = p.group(row.group).hyperparameters;
-  work.takes_norms = !item.is_update || (!has_norm_items && p.pass == Pass::step &&
-                                         (group.layer_adaptation || p.layer_norms != nullptr));
-  work.waits = item.is_update && has_norm_items;
-  work.has_decayed_norm = group.decayed_norm;
-  if (group.decayed_norm) {
-    work.decayed_gradient = decayed_gradient<typename Types::Compute>(group, grad_scale(p));
-  }
-
-  const uint64_t offset = static_cast<uint64_t>(item.tile) * Types::kTile;
-  auto& tile = work.tile;
-  uint32_t misaligned = 0;
-  const auto locate = [&](auto* tensor, uint32_t bit) {
-    if (reinterpret_cast<uintptr_t>(tensor) % (sizeof(*tensor) * Types::kVector) != 0) misaligned |= bit;
-    return tensor + offset;
-  };
-  tile.weight = locate(static_cast<typename Types::Weight*>(row.weight), tile.kWeight);
-  tile.grad = locate(static_cast<const typename Types::Grad*>(row.grad), tile.kGrad);
-  tile.momentum_buffer = nullptr;
-  if (row.momentum_buffer != nullptr) {
-    tile.momentum_buffer =
-        locate(static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer), tile.kMomentumBuffer);
-  }
-  if constexpr (Types::kHasMaster) {
-    tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor), tile.kParam);
-  }
-  tile.count = item.tile + 1 == tiles ? row.last_tile : Types::kTile;
-  tile.misaligned = misaligned;
-}
-
-__device__ __forceinline__ double learning_rate(const GroupRow& group) {
-  if (group.lr == nullptr) return group.hyperparameters.lr;
-  switch (group.lr_element) {
-    case Element::f64:
-      return *static_cast<const double*>(group.lr);
-    case Element::f16:
-      return __half2float(*static_cast<const __half*>(group.lr));
-    case Element::bf16:
-      return __bfloat162float(*static_cast<const __nv_bfloat16*>(group.lr));
-    default:
-      return *static_cast<const float*>(group.lr);
-  }
-}
-
-__device__ __forceinline__ double trust_ratio(const Parameters& p, uint32_t tensor, Sums<double> norms) {
-  const GroupRow& group = p.group(p.tensor(tensor).group);
-  return trust_ratio(group.hyperparameters, learning_rate(group), norms.weight, norms.grad, grad_scale(p));
-}
-
-__device__ __forceinline__ void record_norms(const Parameters& p, uint32_t tensor, Sums<double> norms) {
-  if (p.layer_norms == nullptr) return;
-  const TensorRow& row = p.tensor(tensor);
-  double* record = p.layer_norms + 2 * static_cast<size_t>(row.index);
-  record[0] = norms.weight;
-  record[1] = unscaled_grad_norm(p.group(row.group).hyperparameters, norms.grad, grad_scale(p));
-}
-
-// The trust ratio of a tensor whose norms are given, or that has no need of norms.
-__device__ __forceinline__ double trust_ratio_without_norms(const Parameters& p, const WorkItem& item) {
-  Sums<double> given = {0.0, 0.0};
-  if (p.pass == Pass::update) {
-    const double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(item.tensor).index);
-    given = {sqrt(row[0]), sqrt(row[1])};
-    if (item.tile == 0) record_norms(p, item.tensor, given);
-  }
-  return trust_ratio(p, item.tensor, given);
-}
-
-// Waits for the block that completes the tensor's norms.
-__device__ __forceinline__ double published_trust_ratio(const Parameters& p, uint32_t tensor) {
-  const DeviceAtomic<uint64_t> ratio(p.workspace.ratios[tensor]);
-  uint64_t bits;
-  while ((bits = ratio.load(cuda::memory_order_acquire)) == 0) __nanosleep(64);
-  return decode_ratio(bits);
-}
-
-// What the elements of an update item are multiplied by; records q where that is asked for.
-template <typename Types>
-__device__ __forceinline__ Coefficients<typename Types::Compute> update_coefficients(const Parameters& p,
-                                                                                     const WorkItem& item,
-                                                                                     double q) {
-  const TensorRow& row = p.tensor(item.tensor);
-  const GroupRow& group = p.group(row.group);
-  if (p.trust_ratios != nullptr && item.tile == 0) p.trust_ratios[row.index] = q;
-  const float* step = p.steps == 0 ? nullptr : p.entry<const float*>(p.steps, item.tensor);
-  return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q, grad_scale(p),
-                                               /*first_step=*/step != nullptr && *step == 0.0f);
-}
-
-// Warp 0: stores a tile's partials. The last tile of a tensor completes its norms.
-template <typename Types>
-__device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<Types>& work,
-                                                Sums<double> partial) {
-  const uint32_t lane = threadIdx.x, tensor = work.item.tensor;
-  Sums<double>* partials = p.workspace.partials + p.items_before(tensor).norms;
-  uint32_t& counter = p.workspace.norm_items[tensor];
-  uint32_t done = 0;
-  if (lane == 0) {
-    partials[work.item.tile] = partial;
-    done = 1 + DeviceAtomic<uint32_t>(counter).fetch_add(1, cuda::memory_order_acq_rel);
-  }
-  if (__shfl_sync(~0u, done, 0) != work.tiles) return;
-  __syncwarp();
-
-  // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed order.
-  constexpr bool kMayBeNorms = std::is_same_v<typename Types::Compute, double>;
-  Sums<double> total = {0.0, 0.0};
-  bool any_norm = false;
-  constexpr uint32_t kAhead = 12;  // loads under way: updates wait for their latency
-  for (uint32_t first = lane; first < work.tiles; first += 32 * kAhead) {
-    Sums<double> loaded[kAhead];
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) {
-      const uint32_t tile = first + 32 * k;
-      loaded[k] = tile < work.tiles ? partials[tile] : Sums<double>{};
-    }
-#pragma unroll
-    for (Sums<double> add : loaded) {
-      if (kMayBeNorms && (add.weight < 0.0 || add.grad < 0.0)) {
-        any_norm = true;
-        add = {add.weight < 0.0 ? 0.0 : add.weight, add.grad < 0.0 ? 0.0 : add.grad};
-      }
-      total.weight += add.weight;
-      total.grad += add.grad;
-    }
-  }
-  typename cub::WarpReduce<double>::TempStorage storage;  // empty: the lanes shuffle
-  total = {cub::WarpReduce<double>(storage).Sum(total.weight),
-           cub::WarpReduce<double>(storage).Sum(total.grad)};
-  Sums<double> norms = {sqrt(total.weight), sqrt(total.grad)};
-  if (kMayBeNorms && __any_sync(~0u, any_norm)) {
-    const Sums<double> mixed = {norm_of_mixed_partials(&partials->weight, work.tiles),
-                                norm_of_mixed_partials(&partials->grad, work.tiles)};
-    // Else an element is inf or NaN, and so are they.
-    if (isfinite(norms.weight)) norms.weight = mixed.weight, total.weight = mixed.weight * mixed.weight;
-    if (isfinite(norms.grad)) norms.grad = mixed.grad, total.grad = mixed.grad * mixed.grad;
-  }
-  __syncwarp();
-  if (lane == 0) {
-    counter = 0;
-    if (p.pass == Pass::norms) {
-      double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
-      row[0] = total.weight;
-      row[1] = total.grad;
-    } else {
-      const uint64_t ratio = encode_ratio(trust_ratio(p, tensor, norms));
-      DeviceAtomic<uint64_t>(p.workspace.ratios[tensor]).store(ratio, cuda::memory_order_release);
-      record_norms(p, tensor, norms);
-    }
-  }
-  for (uint32_t tile = lane; tile < work.tiles; tile += 32) partials[tile] = {};
-}
+constexpr int kBlocksPerMultiprocessor = 2;
 
 // The last block to leave zeroes what is left of the workspace and counts the step.
 __device__ __forceinline__ void leave(const Parameters& p) {
   __shared__ bool is_last_block;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kWorkers) {  // of the dispatcher, which has read what is zeroed here
     const auto before =
         DeviceAtomic<uint32_t>(*p.workspace.finished).fetch_add(1, cuda::memory_order_acq_rel);
     is_last_block = before == gridDim.x - 1;
@@ -252,54 +41,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   // Any value but 0: it may be a sum over devices.
   if (p.found_inf != nullptr && *p.found_inf != 0.0f) return;
 
-  using Agent = TileAgent<Types>;
-  using Compute = typename Types::Compute;
-  __shared__ Work<Types> shared_work[2];
-  __shared__ Coefficients<Compute> shared_coefficients[2];
-  __shared__ typename Agent::Storage storage[2];
-
-  if (threadIdx.x == kTicketThread) look_up(p, draw_ticket(p), {}, shared_work[0]);
-  __syncthreads();
-
-  for (uint32_t turn = 0;; turn ^= 1) {
-    if (shared_work[turn].is_none) break;
-    const Work<Types> work = shared_work[turn];
-    Agent agent;
-    if (work.item.is_update) {
-      agent.template load<true>(work.tile);
-    } else {
-      agent.template load<false>(work.tile);
-    }
-    // Two warps at once: one draws the next ticket, the other finds this item's coefficients.
-    if (threadIdx.x == kTicketThread) {
-      look_up(p, draw_ticket(p), work.item, shared_work[turn ^ 1]);
-    }
-    if (threadIdx.x == 0 && !work.takes_norms) {
-      const double q =
-          work.waits ? published_trust_ratio(p, work.item.tensor) : trust_ratio_without_norms(p, work.item);
-      shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
-    }
-    __syncwarp();  // shuffles in a diverged warp are slow
-    if (work.takes_norms) {
-      // Copied before the barriers: after them another warp may write there.
-      NormOf<Compute> norm_of = {work.has_decayed_norm != 0, {}};
-      if (norm_of.decayed) norm_of.factors = shared_work[turn].decayed_gradient;
-      const Sums<Compute> sums = agent.squared_sums(storage[turn], norm_of);
-      if (threadIdx.x < 32) {
-        const Sums<double> partial = tile_partials(work.tile, sums, norm_of);
-        if (!work.item.is_update) {
-          count_norm_item(p, work, partial);
-        } else if (threadIdx.x == 0) {
-          const Sums<double> norms = {decode_norm(partial.weight), decode_norm(partial.grad)};
-          record_norms(p, work.item.tensor, norms);
-          const double q = trust_ratio(p, work.item.tensor, norms);
-          shared_coefficients[turn] = update_coefficients<Types>(p, work.item, q);
-        }
-      }
-      if (!work.item.is_update) continue;
-    }
-    __syncthreads();
-    agent.update(work.tile, shared_coefficients[turn]);
+  __shared__ BlockShared<Types> shared;
+  extern __shared__ __align__(16) unsigned char stages[];
+  if (threadIdx.x < kWorkers) {
+    work_off(shared, stages);
+  } else {
+    dispatch(p, shared);
   }
   leave(p);
 }

@@ -1,6 +1,7 @@
 #pragma once
 
-// What a block does with one tile: load it into registers, sum its squares, update it.
+// What a block's workers do with one tile: load it into registers, sum its squares, keep it in shared memory,
+// update it.
 //
 // Element e of a tile belongs to the same thread and is summed in the same place whether it is read by a
 // vector access or alone, so alignment does not change a bit.
@@ -11,14 +12,14 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cub/block/block_reduce.cuh>
 
 #include "../csrc/rule.h"
 #include "parameters.h"
 
 namespace fused_lars {
 
-constexpr int kThreads = 128;
+constexpr int kWorkers = 224;  // threads; with the dispatcher's warp a block has 256
+constexpr int kWorkerWarps = kWorkers / 32;
 constexpr int kVectorsPerThread = 4;
 constexpr int kVectorBytes = 16;
 
@@ -36,7 +37,8 @@ struct TensorTypes {
   // Elements of a vector: the widest type is accessed by 16 bytes.
   static constexpr size_t kVector =
       kVectorBytes / std::max({sizeof(Weight), sizeof(Grad), sizeof(MomentumBuffer)});
-  static constexpr uint32_t kTile = kThreads * kVectorsPerThread * kVector;
+  static constexpr uint32_t kTile = kWorkers * kVectorsPerThread * kVector;
+  static constexpr uint32_t kStageBytes = kTile * (sizeof(Weight) + sizeof(Grad));
 };
 
 // Elements as one access reads and writes them. Those of 16 bits stay packed until they are used: a tile of
@@ -45,7 +47,7 @@ template <typename T, int kVector>
 struct Packed {
   using Word = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
   static constexpr int kWords = kVector * sizeof(T) / sizeof(Word);
-  Word words[kWords];
+  alignas(kVector * sizeof(T)) Word words[kWords];
 
   __device__ __forceinline__ T get(int e) const {
     if constexpr (sizeof(T) == 2) {
@@ -157,37 +159,52 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// A block's hold on one tile. All threads call all of its functions together.
+// The workers' hold on one tile.
 template <typename Types>
 class TileAgent {
   static constexpr int kVector = Types::kVector;
   using Compute = typename Types::Compute;
-  using BlockReduce = cub::BlockReduce<Compute, kThreads>;
+  using PackedWeight = Packed<typename Types::Weight, kVector>;
+  using PackedGrad = Packed<typename Types::Grad, kVector>;
 
  public:
-  struct Storage {
-    typename BlockReduce::TempStorage weight, grad;
-  };
-
   template <bool kUpdate>
   __device__ __forceinline__ void load(const Tile<Types>& tile) {
     for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
       fused_lars::load<kUpdate>(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
       fused_lars::load<kUpdate>(grad_[k], tile.grad + first, !(misaligned & tile.kGrad), inside);
-      momentum_buffer_[k] = {};
-      if (kUpdate && tile.momentum_buffer != nullptr) {
-        fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first,
-                               !(misaligned & tile.kMomentumBuffer), inside);
-      }
+      if (kUpdate) load_momentum(tile, k, first, inside, misaligned);
     });
   }
 
-  // Sums of squares of the loaded tile, in thread 0. Passes two barriers.
-  __device__ __forceinline__ Sums<Compute> squared_sums(Storage& storage, NormOf<Compute> of) const {
+  // Writes weights and gradients to a stage in shared memory. A thread reads back what it wrote itself, so no
+  // barrier is needed.
+  __device__ __forceinline__ void keep(unsigned char* stage) const {
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+      copy(weights_of(stage)[k * kWorkers + threadIdx.x], weight_[k]);
+      copy(grads_of(stage)[k * kWorkers + threadIdx.x], grad_[k]);
+    }
+  }
+
+  // Loads weights and gradients from a stage, and the momentum from its tensor.
+  __device__ __forceinline__ void load_kept(const Tile<Types>& tile, unsigned char* stage) {
+    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
+      load_momentum(tile, k, first, inside, misaligned);
+    });
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+      copy(weight_[k], weights_of(stage)[k * kWorkers + threadIdx.x]);
+      copy(grad_[k], grads_of(stage)[k * kWorkers + threadIdx.x]);
+    }
+  }
+
+  // Sums of squares of what the calling warp has loaded, in all of its lanes.
+  __device__ __forceinline__ Sums<Compute> squared_sums_of_warp(NormOf<Compute> of) const {
     const Sums<Compute> sums =
         of.decayed ? squares_of_thread([=](Compute grad, Compute weight) { return of.factors(grad, weight); })
                    : squares_of_thread([](Compute grad, Compute) { return grad; });
-    return {BlockReduce(storage.weight).Sum(sums.weight), BlockReduce(storage.grad).Sum(sums.grad)};
+    return {warp_sum(sums.weight), warp_sum(sums.grad)};
   }
 
   // The same sums of elements that are multiplied by `scale`, in each lane of the calling warp. This warp
@@ -199,8 +216,8 @@ class TileAgent {
     const DecayedGradient<Compute> scaled = {of.factors.grad_gain * scale.grad,
                                              of.factors.weight_decay * scale.grad};
     for (uint32_t first = threadIdx.x % 32 * kVector; first < tile.count; first += 32 * kVector) {
-      Packed<typename Types::Weight, kVector> weights;
-      Packed<typename Types::Grad, kVector> grads;
+      PackedWeight weights;
+      PackedGrad grads;
       const int inside = static_cast<int>(tile.count - first);
       fused_lars::load<false>(weights, tile.weight + first, !(tile.misaligned & tile.kWeight), inside);
       fused_lars::load<false>(grads, tile.grad + first, !(tile.misaligned & tile.kGrad), inside);
@@ -230,6 +247,27 @@ class TileAgent {
   }
 
  private:
+  static __device__ __forceinline__ PackedWeight* weights_of(unsigned char* stage) {
+    return reinterpret_cast<PackedWeight*>(stage);
+  }
+  static __device__ __forceinline__ PackedGrad* grads_of(unsigned char* stage) {
+    return reinterpret_cast<PackedGrad*>(stage + sizeof(typename Types::Weight) * Types::kTile);
+  }
+
+  // By one access.
+  template <typename P>
+  static __device__ __forceinline__ void copy(P& to, const P& from) {
+    *reinterpret_cast<Access<P>*>(to.words) = *reinterpret_cast<const Access<P>*>(from.words);
+  }
+
+  __device__ __forceinline__ void load_momentum(const Tile<Types>& tile, int k, uint32_t first, int inside,
+                                                uint32_t misaligned) {
+    momentum_buffer_[k] = {};
+    if (tile.momentum_buffer == nullptr) return;
+    fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first,
+                           !(misaligned & tile.kMomentumBuffer), inside);
+  }
+
   // Of this thread's elements: the weights and what norm_element makes of a gradient and its weight.
   template <typename NormElement>
   __device__ __forceinline__ Sums<Compute> squares_of_thread(const NormElement& norm_element) const {
@@ -254,11 +292,11 @@ class TileAgent {
     const uint32_t first = threadIdx.x * kVector;
     if (tile.count == Types::kTile && tile.misaligned == 0) {
 #pragma unroll
-      for (int k = 0; k < kVectorsPerThread; ++k) f(k, first + k * kThreads * kVector, kVector, 0);
+      for (int k = 0; k < kVectorsPerThread; ++k) f(k, first + k * kWorkers * kVector, kVector, 0);
     } else {
 #pragma unroll
       for (int k = 0; k < kVectorsPerThread; ++k) {
-        const uint32_t begin = first + k * kThreads * kVector;
+        const uint32_t begin = first + k * kWorkers * kVector;
         f(k, begin, static_cast<int>(tile.count) - static_cast<int>(begin), tile.misaligned);
       }
     }
@@ -287,8 +325,8 @@ class TileAgent {
     });
   }
 
-  Packed<typename Types::Weight, kVector> weight_[kVectorsPerThread];
-  Packed<typename Types::Grad, kVector> grad_[kVectorsPerThread];
+  PackedWeight weight_[kVectorsPerThread];
+  PackedGrad grad_[kVectorsPerThread];
   Packed<typename Types::MomentumBuffer, kVector> momentum_buffer_[kVectorsPerThread];
 };
 

@@ -1,5 +1,10 @@
 // How much of a device a launch of the CUDA step takes, by the sizes of real devices.
 
+#include <algorithm>
+#include <deque>
+#include <random>
+#include <vector>
+
 #include <gtest/gtest.h>
 
 #include "../../kernels/plan.h"
@@ -7,60 +12,118 @@
 namespace fused_lars {
 namespace {
 
-constexpr int64_t kMiB = 1 << 20;
-constexpr DeviceSize kH100 = {132, 50 * kMiB}, kA100 = {108, 40 * kMiB}, kT4 = {40, 4 * kMiB};
-constexpr Footprint kFp32 = {4, 16384, 8192}, kBf16 = {4, 16384, 8192 / 2};
+constexpr int64_t kKiB = 1 << 10;
+constexpr DeviceSize kH100 = {132, 228 * kKiB, kKiB}, kA100 = {108, 164 * kKiB, kKiB},
+                     kL4 = {58, 100 * kKiB, kKiB}, kT4 = {40, 64 * kKiB, 0};
+constexpr Footprint kFp32 = {2, 800, 28 * kKiB}, kMasters = {2, 800, 21 * kKiB};
 
-Order window_of(const Footprint& kernel, const DeviceSize& device, Pass pass = Pass::step) {
-  Order order = {};
-  set_window(order, kernel, device, pass);
-  return order;
-}
-
-TEST(Plan, TilesInFlightTakeAQuarterOfTheL2AtMost) {
-  EXPECT_EQ(resident_blocks(kFp32, kH100), 4 * 132);
-  EXPECT_EQ(resident_blocks(kFp32, kA100), 3 * 108);
-  EXPECT_EQ(resident_blocks({3, 16384, 8192}, kH100), 3 * 132);
-  for (const auto& device : {kH100, kA100}) {
-    EXPECT_LE(resident_blocks(kFp32, device) * kFp32.tile_bytes(), device.l2_bytes / 4);
+TEST(Plan, AsManyStagesAsSharedMemoryHasRoomFor) {
+  EXPECT_EQ(stages_of_block(kFp32, kH100), 4);
+  EXPECT_EQ(stages_of_block(kFp32, kA100), 2);
+  EXPECT_EQ(stages_of_block(kMasters, kA100), 3);
+  EXPECT_EQ(stages_of_block(kFp32, kL4), 1);
+  EXPECT_EQ(stages_of_block(kFp32, kT4), 1);
+  for (const auto& device : {kH100, kA100, kL4, kT4}) {
+    for (const auto& kernel : {kFp32, kMasters}) {
+      const int64_t block = kernel.shared_bytes + stages_of_block(kernel, device) * kernel.stage_bytes;
+      EXPECT_LE(2 * (block + device.reserved_shared_bytes), device.shared_bytes);
+    }
   }
 }
 
-TEST(Plan, TwoBlocksAMultiprocessorWhereTheL2IsSmall) {
-  EXPECT_EQ(resident_blocks(kFp32, kT4), 2 * 40);
-  EXPECT_EQ(resident_blocks(kFp32, {40, 0}), 2 * 40);
+TEST(Plan, NoStageWhereNoneFits) {
+  EXPECT_EQ(stages_of_block(kFp32, {132, 48 * kKiB, kKiB}), 0);
+  EXPECT_EQ(stages_of_block(kFp32, {1, 0, 0}), 0);
+  EXPECT_EQ(most_kept_tiles(kFp32, kH100, 0), 0);
 }
 
-TEST(Plan, NormsRunAheadByOneAndAHalfTurnsWhereTheL2AllowsIt) {
-  const Order order = window_of(kFp32, {132, 120 * kMiB});
-  EXPECT_EQ(order.max_distance, 132u * 4 * 3 / 2);
-  EXPECT_EQ(order.min_distance, 132u * 4 / 2);
-  EXPECT_GE(order.window, order.max_distance);
+TEST(Plan, ATensorKeepsAtMostSevenEighthsOfTheStages) {
+  EXPECT_EQ(most_kept_tiles(kFp32, kH100, 4), 132 * 2 * 4 / 8 * 7);
+  const auto most = static_cast<uint32_t>(most_kept_tiles(kFp32, kH100, 4));
+  const auto updates = [&](uint32_t tiles) { return items_of_step(tiles, most).updates; };
+  EXPECT_EQ(updates(2), 0u);
+  EXPECT_EQ(updates(most), 0u);
+  EXPECT_EQ(updates(most + 1), 1u);
+  EXPECT_EQ(updates(10 * most), 9 * most);
+  EXPECT_EQ(items_of_step(10 * most, most).norms, 10 * most);
 }
 
-TEST(Plan, WhatNormsHaveReadStaysWithinItsShareOfTheL2) {
-  for (const auto& device : {kH100, kA100}) {
-    const Order order = window_of(kFp32, device);
-    EXPECT_LE(order.window * kFp32.norm_item_bytes, device.l2_bytes / 5);  // two fifths of half
-    EXPECT_LE(order.max_distance, order.window);
-    EXPECT_LE(order.min_distance, order.max_distance);
+TEST(Plan, ATensorOfOneTileTakesItsNormsInItsUpdate) {
+  EXPECT_EQ(items_of_step(1, 100).norms, 0u);
+  EXPECT_EQ(items_of_step(1, 100).updates, 1u);
+}
+
+// Blocks that draw tickets as the dispatcher does. In every round one block, drawn by chance, does what it can.
+// Returns whether all of them end.
+bool all_blocks_end(const std::vector<ItemCounts>& tensors, int64_t blocks, int64_t stages, uint32_t seed) {
+  std::vector<ItemCounts> before = {{0, 0}};
+  for (const auto& tensor : tensors) {
+    before.push_back({before.back().norms + tensor.norms, before.back().updates + tensor.updates});
+  }
+  const Order order = {before.back(), static_cast<uint32_t>(tensors.size()), static_cast<uint32_t>(stages),
+                       false};
+  std::vector<uint32_t> norms_left;
+  for (const auto& tensor : tensors) norms_left.push_back(tensor.norms);
+  uint32_t tickets = 0;
+  struct Block {
+    std::deque<uint32_t> kept;  // tensors
+    bool holds_ticket = false;
+    uint32_t ticket = 0;
+    bool ended = false;
+  };
+  std::vector<Block> state(blocks);
+  const auto can_go_on = [&](Block& block) {
+    if (block.ended) return false;
+    if (!block.holds_ticket && (stages == 0 || block.kept.size() < static_cast<size_t>(stages))) {
+      block.holds_ticket = true;
+      block.ticket = tickets++;
+    }
+    const bool has_item = block.holds_ticket && block.ticket < ticket_count(order.items);
+    const auto item = has_item ? work_item(order, block.ticket, [&](uint32_t i) { return before[i]; })
+                               : WorkItem{0, 0, true};
+    if (has_item && !item.is_update) {
+      if (item.tile >= tensors[item.tensor].updates) block.kept.push_back(item.tensor);
+      --norms_left[item.tensor];
+      block.holds_ticket = false;
+    } else if (!block.kept.empty()) {
+      if (norms_left[block.kept.front()] != 0) return false;
+      block.kept.pop_front();
+    } else if (has_item) {
+      if (norms_left[item.tensor] != 0) return false;
+      block.holds_ticket = false;
+    } else {
+      block.ended = true;
+    }
+    return true;
+  };
+  std::mt19937 random(seed);
+  for (;;) {
+    // A few moves of one block, then a look at whether any block can move.
+    Block& one = state[random() % state.size()];
+    for (uint32_t moves = random() % 8; moves > 0 && can_go_on(one); --moves) continue;
+    if (std::none_of(state.begin(), state.end(), can_go_on)) break;
+  }
+  return std::all_of(state.begin(), state.end(), [](const Block& block) { return block.ended; });
+}
+
+TEST(Plan, BlocksNeverWaitForEachOther) {
+  std::mt19937 random(0);
+  for (int run = 0; run < 300; ++run) {
+    const DeviceSize device = {static_cast<int64_t>(1 + random() % 3), kH100.shared_bytes, kH100.reserved_shared_bytes};
+    const int64_t stages = random() % (kMostStages + 1);
+    const auto most = static_cast<uint32_t>(most_kept_tiles(kFp32, device, stages));
+    std::vector<ItemCounts> tensors(1 + random() % 20);
+    for (auto& tensor : tensors) {
+      const uint32_t tiles = 1 + random() % (random() % 4 == 0 ? 60 : 4);
+      tensor = random() % 3 == 0 ? ItemCounts{0, tiles} : items_of_step(tiles, most);
+    }
+    EXPECT_TRUE(all_blocks_end(tensors, resident_blocks(kFp32, device), stages, run)) << run;
   }
 }
 
-TEST(Plan, ASmallL2LeavesTheLeastDistance) {
-  const Order order = window_of(kFp32, kT4);
-  EXPECT_EQ(order.min_distance, 40u);
-  EXPECT_EQ(order.max_distance, 51u);  // the window: 4 MiB / 5 / 16 KiB
-}
-
-TEST(Plan, TensorsThatFitInTheL2AreUpdatedFromTheirBeginning) {
-  EXPECT_EQ(window_of(kFp32, kH100).forward_tiles, 25 * kMiB / 24576);
-  EXPECT_GT(window_of(kBf16, kH100).forward_tiles, window_of(kFp32, kH100).forward_tiles);
-}
-
-// The launch before it took the norms in order, so the end of any tensor was read last.
-TEST(Plan, AnUpdateBeginsAtTheEndOfEveryTensor) {
-  EXPECT_EQ(window_of(kFp32, kH100, Pass::update).forward_tiles, 0u);
+// What a tensor may keep is not a matter of taste.
+TEST(Plan, BlocksWouldWaitForEachOtherIfATensorKeptMoreThanThereIsRoomFor) {
+  EXPECT_FALSE(all_blocks_end({{9, 0}}, /*blocks=*/2, /*stages=*/4, 0));
 }
 
 }  // namespace
