@@ -272,7 +272,9 @@ try:
     train(1)
     torch.cuda.synchronize()
 except RuntimeError as error:  # torch.AcceleratorError is one
-    assert "CUDA error: an illegal memory access" in str(error), error
+    # What lies behind an allocation may be no global memory at all.
+    faults = ("an illegal memory access", "operation not supported on global/shared address space")
+    assert any(f"CUDA error: {fault}" in str(error) for fault in faults), error
     print("reported")
 """
     command = [sys.executable, "-c", program, fault]
