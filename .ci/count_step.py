@@ -2,7 +2,7 @@
 
 Exits 1 where the second of two steps takes more launches than its parameters need, any host synchronisation,
 copy or memset, more DRAM bytes a parameter than the limit (dirty lines at the end included), or as many
-instructions a parameter as apex's kernels, 38.
+instructions a parameter as apex's kernels, 38 (small tensors: 66).
 """
 
 import sys
@@ -13,11 +13,12 @@ import torchvision
 
 import fused_lars
 
-MASTERS = "bf16, fp32 masters"
-# With an L2 of 50 MB, of 40 MB, and with less: there the norms' reads are paid for, as by other kernels. The
-# simulator's order of execution is coarser than a GPU's and loses more of the L2.
-LIMITS = {"fp32": (21.0, 21.4, 28.5), "bf16": (10.5, 10.5, 14.3), MASTERS: (21.0, 21.0, 26.5)}
+MASTERS, SMALL = "bf16, fp32 masters", "3,000 tensors of 2,000"
+# Of any L2: shared memory keeps what is needed again.
+LIMITS = {"fp32": 20.1, "bf16": 10.1, MASTERS: 20.1}
 INSTRUCTIONS = 38.0
+# Tensors of 2,000 elements leave almost half of a tile's threads without work.
+INSTRUCTIONS_OF_SMALL = 66.0
 OF_A_DECAYED_NORM = 3.0  # two products and a sum for each element
 NOTHING_OF = ("host_syncs", "memsets", "memcpy_h2d", "memcpy_d2h", "memcpy_d2d")
 
@@ -52,15 +53,16 @@ def main() -> None:
     cases = [("ResNet-50", resnet, types, 1, False) for types in LIMITS]
     cases += [("ResNet-50, decayed", resnet, types, 1, True) for types in LIMITS]
     cases += [("ViT-B/16", vit, "fp32", 1, False)]
-    cases += [("3,000 tensors of 2,000", [(40, 50)] * 3000, "fp32", 4, False)]
+    cases += [(SMALL, [(40, 50)] * 3000, "fp32", 4, False)]
     failed = []
     for name, shapes, types, launches, decayed_norm in cases:
         api, totals = count(shapes, types, decayed_norm)
         n = sum(torch.Size(shape).numel() for shape in shapes)
         dram = (totals["dram_read_bytes"] + totals["dram_write_bytes"] + totals["l2_dirty_bytes"]) / n
         instructions = totals["thread_instructions"] / n
-        most_instructions = INSTRUCTIONS + OF_A_DECAYED_NORM * decayed_norm
-        limit = LIMITS[types][(l2 < 50) + (l2 < 40)]
+        most_instructions = INSTRUCTIONS_OF_SMALL if name == SMALL else INSTRUCTIONS
+        most_instructions += OF_A_DECAYED_NORM * decayed_norm
+        limit = LIMITS[types]
         others = {key: api[key] for key in NOTHING_OF if api[key]}
         if totals["launches"] > launches or dram > limit or instructions >= most_instructions or others:
             failed.append(f"{name}, {types}")
