@@ -178,7 +178,7 @@ def measure(shapes, dtype, makers, options, probe_elements):
         try:
             optimizer = make(params)
             optimizer.step()  # creates its state
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # TypeError: a version without one of the options
             left_out.append(f"{name}: {error}")
         else:
             timed[name] = optimizer.step

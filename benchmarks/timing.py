@@ -24,9 +24,14 @@ class Timer:
         self._copies, self._most_copies = min(8, most_copies), most_copies
 
     def host_ms(self, function) -> float:
-        """Milliseconds until the call returns. On a GPU that is when its work has been queued."""
+        """Milliseconds until the call returns. On a GPU that is when its work has been queued.
+
+        A copy is queued before, as training queues work before a step: the first call to an idle GPU can take
+        the host several times as long.
+        """
         if self.device == "cuda":
             torch.cuda.synchronize()
+            self._copy.copy_(self._filler)
         start = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - start)

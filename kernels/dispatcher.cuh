@@ -1,9 +1,9 @@
 #pragma once
 
-// How a block's two roles work together. Seven warps are workers: they load, sum and update tiles. One warp is
-// the dispatcher: it draws tickets, looks up what they stand for, publishes norms and waits for trust ratios.
-// So the latencies of tickets and ratios are not in the workers' way. On a GPU under load each of them takes
-// one to two microseconds, as long as a tile's own loads.
+// How a block's two roles work together. Seven warps are workers: they load, sum and update tiles. One warp
+// is the dispatcher: it draws tickets, looks up what they stand for, publishes norms and waits for trust
+// ratios. So the latencies of tickets and ratios are not in the workers' way. On a GPU under load each of
+// them takes one to two microseconds, as long as a tile's own loads.
 //
 // The dispatcher hands out one assignment a turn, while the workers are at the one before. What they share is
 // double-buffered: even and odd turns have a copy each. The dispatcher writes for turn t when the workers are
@@ -27,8 +27,8 @@ enum class Task : uint32_t {
 struct Assignment {
   Task task;
   uint32_t takes_norms;  // a word, as in Work
-  uint32_t work;   // which one of BlockShared::works
-  uint32_t stage;  // where the tile is kept
+  uint32_t work;         // which one of BlockShared::works
+  uint32_t stage;        // where the tile is kept
 };
 
 // A stage's Work is replaced one turn after its update is handed out. The workers may still read it then.
@@ -44,10 +44,11 @@ struct BlockShared {
 
 // ---------------------------------------------------------------- barriers of workers and dispatcher
 
-// Named barriers of the block; __syncthreads() has number 0. Those with two numbers are for even and odd turns.
-constexpr uint32_t kAssigned = 1;      // the turn's assignment is there, with coefficients if it needs no norms
-constexpr uint32_t kDone = 3;          // the workers have done it; a norm item's sums are there
-constexpr uint32_t kSummed = 5;        // an update that takes norms itself: the sums are there
+// Named barriers of the block; __syncthreads() has number 0. Those with two numbers are for even and odd
+// turns.
+constexpr uint32_t kAssigned = 1;  // the turn's assignment is there, with coefficients if it needs no norms
+constexpr uint32_t kDone = 3;      // the workers have done it; a norm item's sums are there
+constexpr uint32_t kSummed = 5;    // an update that takes norms itself: the sums are there
 constexpr uint32_t kCoefficients = 6;  // ... and then the coefficients
 
 // Waits for the other role. What it wrote before it arrived can be read.
@@ -82,7 +83,8 @@ class Dispatcher {
     if (kept_ != 0) {
       return ratio_is_known(shared_.works[oldest_work_].item.tensor) ? Task::update_kept : Task::wait;
     }
-    if (task_of_ticket_ == Task::update && has_norm_items(p_, item_.tensor) && !ratio_is_known(item_.tensor)) {
+    if (task_of_ticket_ == Task::update && has_norm_items(p_, item_.tensor) &&
+        !ratio_is_known(item_.tensor)) {
       return Task::wait;
     }
     return task_of_ticket_;
@@ -109,8 +111,8 @@ class Dispatcher {
       look_up(p_, item_, work);
       assignment.takes_norms = work.takes_norms;
       if (!work.takes_norms) {
-        const double q = has_norm_items(p_, item_.tensor) ? decode_ratio(ratio_)
-                                                          : trust_ratio_without_norms(p_, item_);
+        const double q =
+            has_norm_items(p_, item_.tensor) ? decode_ratio(ratio_) : trust_ratio_without_norms(p_, item_);
         set_coefficients(item_, q, turn);
       }
     }
@@ -139,7 +141,8 @@ class Dispatcher {
     if (ticket_ >= ticket_count(p_.order.items)) return Task::none;
     item_ = work_item(p_.order, ticket_, [&](uint32_t i) { return p_.items_before(i); }, item_.tensor);
     if (item_.is_update) return Task::update;
-    const uint32_t not_kept = p_.items_before(item_.tensor + 1).updates - p_.items_before(item_.tensor).updates;
+    const uint32_t not_kept =
+        p_.items_before(item_.tensor + 1).updates - p_.items_before(item_.tensor).updates;
     return p_.pass == Pass::norms || item_.tile < not_kept ? Task::norms : Task::norms_kept;
   }
 

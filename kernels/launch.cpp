@@ -125,8 +125,10 @@ Workspace lay_out(void* base, const Order& order) {
   return workspace;
 }
 
-cudaError_t launch_with_stages(int64_t stages, const Bucket& bucket, const std::vector<GroupRow>& groups,
-                               const LaunchOptions& options, void* workspace, cudaStream_t stream) {
+// Launches the tensors from `begin` on, and moves it behind those of each launch that succeeds.
+cudaError_t launch_with_stages(int64_t stages, size_t& begin, const Bucket& bucket,
+                               const std::vector<GroupRow>& groups, const LaunchOptions& options,
+                               void* workspace, cudaStream_t stream) {
   const Kernel& kernel = *find_kernel(bucket.types);
   const auto* function = reinterpret_cast<const void*>(kernel.function);
   const auto shared_bytes = static_cast<size_t>(stages * kernel.footprint.stage_bytes);
@@ -148,7 +150,7 @@ cudaError_t launch_with_stages(int64_t stages, const Bucket& bucket, const std::
   const auto resident = static_cast<uint32_t>(resident_blocks(kernel.footprint, options.device));
   const Tiling tiling(kernel, groups, options, stages);
   Packer packer(bucket, groups, tiling);
-  for (size_t begin = 0; begin < bucket.tensors.size(); begin += p.order.tensors) {
+  while (begin < bucket.tensors.size()) {
     packer.fill(p, begin);
     p.workspace = lay_out(workspace, p.order);
     void* arguments[] = {&p};
@@ -156,6 +158,7 @@ cudaError_t launch_with_stages(int64_t stages, const Bucket& bucket, const std::
     const auto launch_kernel = stages > 0 ? cudaLaunchCooperativeKernel : cudaLaunchKernel;
     const auto error = launch_kernel(function, grid, block, arguments, shared_bytes, stream);
     if (error != cudaSuccess) return error;
+    begin += p.order.tensors;
   }
   return cudaSuccess;
 }
@@ -173,17 +176,15 @@ int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& group
 cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
                    void* workspace, cudaStream_t stream) {
   // Only a whole step has tiles to keep.
-  const int64_t stages = options.pass == Pass::step
-                             ? stages_of_block(find_kernel(bucket.types)->footprint, options.device)
-                             : 0;
-  const auto error = launch_with_stages(stages, bucket, groups, options, workspace, stream);
-  // The device does not hold as many blocks as its properties say, or never runs all of a launch at once. This
-  // shows at the first kernel, so nothing has been updated yet.
-  const bool does_not_fit =
-      error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+  const int64_t stages =
+      options.pass == Pass::step ? stages_of_block(find_kernel(bucket.types)->footprint, options.device) : 0;
+  size_t begin = 0;
+  const auto error = launch_with_stages(stages, begin, bucket, groups, options, workspace, stream);
+  // The device does not hold as many blocks as its properties say, or never runs all of a launch at once.
+  const bool does_not_fit = error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
   if (stages == 0 || !does_not_fit) return error;
   cudaGetLastError();  // or the next call to look would find it
-  return launch_with_stages(0, bucket, groups, options, workspace, stream);
+  return launch_with_stages(0, begin, bucket, groups, options, workspace, stream);
 }
 
 }  // namespace fused_lars

@@ -7,10 +7,10 @@
 //
 //   norm items of tensor 0, update items of tensor 0, norm items of tensor 1, update items of tensor 1, ...
 //
-// Most tiles have no update item. The block that takes a tile's norms keeps what it has read in shared memory,
-// and updates the tile itself once the tensor's norms are complete. Meanwhile it draws further tickets, as long
-// as it has room. Only of a tensor that would fill the device the first tiles are not kept. They have update
-// items, which read weights and gradients again.
+// Most tiles have no update item. The block that takes a tile's norms keeps what it has read in shared
+// memory, and updates the tile itself once the tensor's norms are complete. Meanwhile it draws further
+// tickets, as long as it has room. Only of a tensor that would fill the device the first tiles are not kept.
+// They have update items, which read weights and gradients again.
 //
 // There is no deadlock. Norm items never wait. A block holds a ticket only if it has room for its tile, and
 // a tensor keeps fewer tiles than all blocks have room for. So the first tensor that is not complete gets its

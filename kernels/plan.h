@@ -1,7 +1,7 @@
 #pragma once
 
-// How much of a device a launch of the CUDA step takes. This follows from the sizes of the device and of a tile
-// alone, so it is tested on the host.
+// How much of a device a launch of the CUDA step takes. This follows from the sizes of the device and of a
+// tile alone, so it is tested on the host.
 
 #include <algorithm>
 #include <cstdint>

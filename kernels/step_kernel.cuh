@@ -7,9 +7,9 @@
 // publishes the trust ratio. The tensor's updates wait for that ratio. A tensor of one tile has no norm item:
 // its update item takes the norms from registers.
 //
-// Between a tile's norms and its update, weights and gradients stay in shared memory (a stage). They cross the
-// L2 once, as in an update without norms. That matters on GPUs whose L2 has two parts: the link between them
-// carries half of all traffic, whether it hits or not (docs/performance.md).
+// Between a tile's norms and its update, weights and gradients stay in shared memory (a stage). They cross
+// the L2 once, as in an update without norms. That matters on GPUs whose L2 has two parts: the link between
+// them carries half of all traffic, whether it hits or not (docs/performance.md).
 
 #include "dispatcher.cuh"
 

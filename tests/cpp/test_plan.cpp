@@ -53,8 +53,8 @@ TEST(Plan, ATensorOfOneTileTakesItsNormsInItsUpdate) {
   EXPECT_EQ(items_of_step(1, 100).updates, 1u);
 }
 
-// Blocks that draw tickets as the dispatcher does. In every round one block, drawn by chance, does what it can.
-// Returns whether all of them end.
+// Blocks that draw tickets as the dispatcher does. In every round one block, drawn by chance, does what it
+// can. Returns whether all of them end.
 bool all_blocks_end(const std::vector<ItemCounts>& tensors, int64_t blocks, int64_t stages, uint32_t seed) {
   std::vector<ItemCounts> before = {{0, 0}};
   for (const auto& tensor : tensors) {
@@ -109,7 +109,8 @@ bool all_blocks_end(const std::vector<ItemCounts>& tensors, int64_t blocks, int6
 TEST(Plan, BlocksNeverWaitForEachOther) {
   std::mt19937 random(0);
   for (int run = 0; run < 300; ++run) {
-    const DeviceSize device = {static_cast<int64_t>(1 + random() % 3), kH100.shared_bytes, kH100.reserved_shared_bytes};
+    const DeviceSize device = {static_cast<int64_t>(1 + random() % 3), kH100.shared_bytes,
+                               kH100.reserved_shared_bytes};
     const int64_t stages = random() % (kMostStages + 1);
     const auto most = static_cast<uint32_t>(most_kept_tiles(kFp32, device, stages));
     std::vector<ItemCounts> tensors(1 + random() % 20);

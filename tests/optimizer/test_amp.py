@@ -53,7 +53,7 @@ def scaler_step(scaler, optimizer, params, step, overflow=False):
 
 
 def scaler_takes(dtype, device) -> bool:
-    """Whether torch's scaler looks for overflows in gradients of this dtype: on a GPU not if they are bf16."""
+    """Whether torch's scaler takes gradients of this dtype. On a GPU it takes no bf16."""
     found_inf, scale = torch.zeros((), device=device), torch.ones((), device=device)
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(

@@ -1,5 +1,6 @@
 """benchmarks/gpu_report.py: all of it with a GPU, and its written files on any machine."""
 
+import argparse
 import importlib
 import json
 import os
@@ -162,6 +163,19 @@ def test_sanitizers_find_errors_or_do_not_run(gpu_report, monkeypatch, tmp_path)
     ]
     assert "--error-exitcode 9 --kernel-regex kns=step_kernel" in lines[1]["text"]
     assert "step_kernel" not in (tmp_path / "initcheck.log").read_text()
+
+
+def test_an_old_peer_is_left_out(gpu_report):
+    step = importlib.import_module("step")
+    options = argparse.Namespace(device="cpu", quick=True, seconds=0)
+
+    def old_peer(params):
+        raise TypeError("unexpected keyword argument 'foreach'")
+
+    makers = {"torch SGD": lambda params: torch.optim.SGD(params, lr=0.1), "old": old_peer}
+    medians, _, left_out = step.measure([(2, 3)], torch.float32, makers, options, probe_elements=16)
+    assert set(medians) == {"torch SGD", step.ADD}
+    assert left_out == ["old: unexpected keyword argument 'foreach'"]
 
 
 def test_shapes_are_those_of_the_models(gpu_report):
