@@ -42,6 +42,10 @@ std::string arguments_of(const std::string& suffix, const Take& take) {
 // the norms are those of whole parameters. The op writes the trust ratios and norms that it used into
 // trust_ratios and layer_norms.
 //
+// masters_follow says that someone may have written into parameters that have a master since the last step.
+// Then masters take over the elements that they do not round to. A caller who knows that nobody has saves
+// reading those parameters.
+//
 // workspace is scratch memory for the CUDA step, an int32 vector of any size. A caller who keeps it from step
 // to step saves an allocation and a memset in each. It holds zeros before and after each step. If it does
 // not, the kernel hangs or does nothing. The op cannot check that, since it would have to wait for the
@@ -54,7 +58,8 @@ std::string step_schema(const std::string& name, const std::string& lr) {
          "Tensor(d!)[] steps, int[] group_sizes, *, " +
          lr + " lr, " + arguments_of("[]", [](const std::string& name) { return name != "lr"; }) +
          "Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(e!)? "
-         "trust_ratios=None, Tensor(f!)? layer_norms=None, Tensor(g!)? workspace=None) -> ()";
+         "trust_ratios=None, Tensor(f!)? layer_norms=None, Tensor(g!)? workspace=None, "
+         "bool masters_follow=False) -> ()";
 }
 
 // The schema without "(a!)" and the like, which mark what an op writes.
@@ -161,6 +166,7 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
       const auto& value = *argument++;
       if (!value.isNone()) *tensor = value.toTensor();
     }
+    step.masters_follow = (argument++)->toBool();
     check_and_assemble({params, grads, momentum_buffers, master_params, steps, group_sizes}, step);
     if (!step.tensors.empty()) backend(step);
   }
@@ -347,7 +353,7 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
   torch::jit::Stack stack{params, grads, momentum_buffers, master_params, steps, group_sizes};
   push_hyperparameters(groups, stack);
   torch::jit::push(stack, options.squared_norms, options.grad_scale, options.found_inf, options.trust_ratios,
-                   options.layer_norms, options.workspace);
+                   options.layer_norms, options.workspace, options.masters_follow);
   op.callBoxed(stack);
 }
 

@@ -68,6 +68,7 @@ class PreparedStep final : public torch::CustomClassHolder {
     for (const auto* tensor :
          {&squared_norms, &grad_scale, &found_inf, &trust_ratios, &layer_norms, &workspace})
       stack.emplace_back(*tensor);
+    stack.emplace_back(/*masters_follow=*/false);
     op.callBoxed(stack);
   }
 

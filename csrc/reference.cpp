@@ -113,6 +113,8 @@ void step_reference(const Step& step) {
   for (int64_t i = 0; i < static_cast<int64_t>(step.tensors.size()); ++i) {
     const auto& tensor = step.tensors[i];
     const auto& h = step.groups[tensor.group];
+    if (step.masters_follow && tensor.master_param.defined())
+      take_over(tensor.param, tensor.master_param, skip);
     const auto dtype = tensor.param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     auto weight = tensor.weight().to(dtype);
     // The backward pass of the norm needs the weight as it is now, and the parameter is written below.

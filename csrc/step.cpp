@@ -1,5 +1,7 @@
 #include "step.h"
 
+#include <ATen/ops/where.h>
+
 namespace fused_lars {
 
 at::ScalarType norm_dtype(at::Device device) { return device.is_mps() ? at::kFloat : at::kDouble; }
@@ -15,6 +17,13 @@ Element element(const at::Tensor& tensor) {
     default:
       return Element::f32;
   }
+}
+
+void take_over(const at::Tensor& param, const at::Tensor& master, const at::Tensor& skip) {
+  const auto bits = [](const at::Tensor& tensor) { return tensor.view(at::kShort); };
+  auto written = bits(param.detach()).ne(bits(master.detach().to(param.scalar_type())));
+  if (skip.defined()) written = written.logical_and(skip.logical_not());
+  master.copy_(at::where(written, param.detach(), master));
 }
 
 void fold_host_lr(Step& step) {

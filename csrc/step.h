@@ -39,6 +39,7 @@ struct Step {
   at::Tensor trust_ratios;   // optional output (n): the trust ratio of each parameter
   at::Tensor layer_norms;    // optional output (n, 2): |w| and unscaled_grad_norm (rule.h) of each parameter
   at::Tensor workspace;      // optional int32 scratch: see the schema in ops.cpp
+  bool masters_follow = false;  // masters take over what was written into their parameters (take_over)
 };
 
 // Which state a parameter needs. The state lists of an op hold a tensor for exactly the parameters that need
@@ -57,6 +58,12 @@ at::ScalarType norm_dtype(at::Device device);
 
 // The element type of a checked tensor.
 Element element(const at::Tensor& tensor);
+
+// After a step, each element of `param` is the rounded element of `master`. An element that is not was
+// written by someone else, and is copied to the master. The other elements of the master keep their low bits.
+// The elements are compared as bits, because a written -0 is not the same as 0. Where `skip` is defined and
+// true, nothing changes.
+void take_over(const at::Tensor& param, const at::Tensor& master, const at::Tensor& skip = {});
 
 // Moves each lr tensor on the host into its group as a number. Those on a device stay in step.lr_tensors.
 void fold_host_lr(Step& step);

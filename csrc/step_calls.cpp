@@ -1,7 +1,6 @@
 #include "step_calls.h"
 
 #include <ATen/ops/full.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -9,23 +8,9 @@
 
 #include "checks.h"
 #include "fused_lars/ops.h"
+#include "step.h"
 
 namespace fused_lars {
-namespace {
-
-// After a step, each element of `param` is the rounded element of `master`. An element that is not was
-// written by someone else, and is copied to the master. The other elements of the master keep their low bits.
-// The elements are compared as bits, because a written -0 is not the same as 0.
-void take_over(const at::Tensor& param, const at::Tensor& master) {
-  // If these differ, the op refuses the step.
-  if (param.sizes() != master.sizes() || param.device() != master.device()) return;
-  const auto bits = [](const at::Tensor& tensor) { return tensor.view(at::kShort); };
-  const auto written = bits(param.detach()).ne(bits(master.to(param.scalar_type())));
-  master.copy_(at::where(written, param.detach(), master));
-}
-
-}  // namespace
-
 ParamMark mark_of(const at::Tensor& param) {
   if (param.is_inference() || !param.has_storage()) return std::nullopt;
   return std::make_pair(param._version(), static_cast<const void*>(param.const_data_ptr()));
@@ -48,7 +33,9 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
   make(state.momentum_buffer, needs_momentum_buffer(group),
        [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
   if (master && state.master_param.defined() && (!state.mark || state.mark != mark_of(param))) {
-    take_over(param, state.master_param);
+    const auto& old = state.master_param;
+    // If these differ, the op refuses the step.
+    if (param.sizes() == old.sizes() && param.device() == old.device()) take_over(param, old);
   }
   make(state.master_param, master, [&] { return param.detach().to(at::kFloat); });
   // If there was a buffer before the group had dampening, the first update has been made.

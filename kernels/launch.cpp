@@ -144,6 +144,7 @@ cudaError_t launch_with_stages(int64_t stages, size_t& begin, const Bucket& buck
   p.trust_ratios = options.trust_ratios;
   p.layer_norms = options.layer_norms;
   p.squared_norms = options.squared_norms;
+  p.masters_follow = options.masters_follow;
   p.order.stages = static_cast<uint32_t>(stages);
   p.order.updates_from_the_end = options.pass == Pass::update;
 

@@ -55,6 +55,7 @@ struct LaunchOptions {
   double* squared_norms = nullptr;  // written by Pass::norms, read by Pass::update
   double* trust_ratios = nullptr;
   double* layer_norms = nullptr;
+  bool masters_follow = false;  // see take_over in csrc/step.h
   DeviceSize device = {1, 0, 0};
 };
 

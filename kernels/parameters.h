@@ -57,6 +57,7 @@ struct LaunchArguments {
   double* squared_norms;    // written by Pass::norms, read by Pass::update, else null
   double* trust_ratios;     // may be null
   double* layer_norms;      // may be null
+  bool masters_follow;      // they take over what was written into their parameters
 
   // Byte offsets in Parameters::table of what each tensor has. 0 for the last two: no tensor has any.
   uint16_t tensor_rows;

@@ -132,6 +132,7 @@ void step_cuda(const Step& step) {
   options.squared_norms = data_or_null<double>(step.squared_norms);
   options.trust_ratios = data_or_null<double>(step.trust_ratios);
   options.layer_norms = data_or_null<double>(step.layer_norms);
+  options.masters_follow = step.masters_follow;
   launch_all(buckets, rows, options, step.workspace, step.tensors[0].param);
 }
 

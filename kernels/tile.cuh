@@ -147,10 +147,19 @@ struct Tile {
   const typename Types::Grad* grad;
   typename Types::MomentumBuffer* momentum_buffer;  // null without momentum
   typename Types::Param* param;                     // where the weight is its master
+  uint32_t master_follows;                          // it takes over what was written into the parameter
   uint32_t count;                                   // elements
   uint32_t misaligned;                              // the pointers that may not be accessed by vectors
   enum : uint32_t { kWeight = 1, kGrad = 2, kMomentumBuffer = 4, kParam = 8 };
 };
+
+// Of an element of 16 bits.
+template <typename T>
+__device__ __forceinline__ uint16_t bits_of(T element) {
+  uint16_t bits;
+  memcpy(&bits, &element, sizeof element);
+  return bits;
+}
 
 // In every lane, in one order for all of them.
 template <typename T>
@@ -171,7 +180,7 @@ class TileAgent {
   template <bool kUpdate>
   __device__ __forceinline__ void load(const Tile<Types>& tile) {
     for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
-      fused_lars::load<kUpdate>(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
+      load_weight<kUpdate>(weight_[k], tile, first, inside, misaligned);
       fused_lars::load<kUpdate>(grad_[k], tile.grad + first, !(misaligned & tile.kGrad), inside);
       if (kUpdate) load_momentum(tile, k, first, inside, misaligned);
     });
@@ -219,7 +228,7 @@ class TileAgent {
       PackedWeight weights;
       PackedGrad grads;
       const int inside = static_cast<int>(tile.count - first);
-      fused_lars::load<false>(weights, tile.weight + first, !(tile.misaligned & tile.kWeight), inside);
+      load_weight<false>(weights, tile, first, inside, tile.misaligned);
       fused_lars::load<false>(grads, tile.grad + first, !(tile.misaligned & tile.kGrad), inside);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
@@ -258,6 +267,28 @@ class TileAgent {
   template <typename P>
   static __device__ __forceinline__ void copy(P& to, const P& from) {
     *reinterpret_cast<Access<P>*>(to.words) = *reinterpret_cast<const Access<P>*>(from.words);
+  }
+
+  template <bool kLast>
+  static __device__ __forceinline__ void load_weight(PackedWeight& to, const Tile<Types>& tile,
+                                                     uint32_t first, int inside, uint32_t misaligned) {
+    fused_lars::load<kLast>(to, tile.weight + first, !(misaligned & tile.kWeight), inside);
+    if constexpr (Types::kHasMaster) {
+      if (tile.master_follows) take_over(to, tile, first, inside, misaligned);
+    }
+  }
+
+  // See take_over in csrc/step.h.
+  static __device__ __forceinline__ void take_over(PackedWeight& master, const Tile<Types>& tile,
+                                                   uint32_t first, int inside, uint32_t misaligned) {
+    using Param = typename Types::Param;
+    Packed<Param, kVector> param;
+    fused_lars::load<false>(param, tile.param + first, !(misaligned & tile.kParam), inside);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const Param written = param.get(e), rounded = static_cast<Param>(master.get(e));
+      if (bits_of(written) != bits_of(rounded)) master.set(e, static_cast<float>(written));
+    }
   }
 
   __device__ __forceinline__ void load_momentum(const Tile<Types>& tile, int k, uint32_t first, int inside,

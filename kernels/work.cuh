@@ -80,6 +80,7 @@ __device__ __forceinline__ void look_up(const Parameters& p, const WorkItem& ite
         locate(static_cast<typename Types::MomentumBuffer*>(row.momentum_buffer), tile.kMomentumBuffer);
   }
   tile.param = nullptr;
+  tile.master_follows = p.masters_follow;
   if constexpr (Types::kHasMaster) {
     tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor), tile.kParam);
   }

@@ -188,6 +188,11 @@ double scalar_or(const at::Tensor& tensor, double otherwise) {
 
 void step_cpu(const Step& step) {
   if (scalar_or(step.found_inf, 0.0) != 0.0) return;
+  if (step.masters_follow) {
+    for (const auto& tensor : step.tensors) {
+      if (tensor.master_param.defined()) take_over(tensor.param, tensor.master_param);
+    }
+  }
   const double grad_scale = scalar_or(step.grad_scale, 1.0);
   const double* given = step.squared_norms.defined() ? step.squared_norms.const_data_ptr<double>() : nullptr;
   double* trust_ratios = step.trust_ratios.defined() ? step.trust_ratios.mutable_data_ptr<double>() : nullptr;

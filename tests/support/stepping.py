@@ -98,7 +98,14 @@ def call_op(
 
 
 def call_op_for_norms(
-    leaves: list[Leaf], *, tensor_lr=False, squared_norms=None, grad_scale=None, found_inf=None, op="step_"
+    leaves: list[Leaf],
+    *,
+    tensor_lr=False,
+    squared_norms=None,
+    grad_scale=None,
+    found_inf=None,
+    masters_follow=False,
+    op="step_",
 ):
     """Like call_op, but returns the trust ratios and the norms."""
     groups = group_by_rule(leaves)
@@ -123,6 +130,7 @@ def call_op_for_norms(
         found_inf=found_inf,
         trust_ratios=ratios,
         layer_norms=norms,
+        masters_follow=masters_follow,
     )
     return ratios, norms
 

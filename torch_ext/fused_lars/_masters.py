@@ -16,6 +16,11 @@ def take_over(param: Tensor, master: Tensor) -> None:
     master.copy_(torch.where(param_bits != rounded_bits, param, master))
 
 
+def is_captured() -> bool:
+    """Whether the step is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class WrittenParams:
     """Finds the parameters with a master that were written since the last step. Usually there are none.
 
@@ -44,8 +49,7 @@ class WrittenParams:
         before = self._versions, self._addresses
         self._versions, self._addresses = after = self._get_versions(), self._get_addresses()
         # A captured graph and a traced program do not run this code, so they compare values every time.
-        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if is_captured or is_under_dispatch_mode():
+        if is_captured() or is_under_dispatch_mode():
             known = False
         if known and before == after:
             return

@@ -98,7 +98,7 @@ class OpCall:
             if values[_MASTER_WEIGHTS]:
                 yield from ((p, next(masters)) for p in self.params[begin:end] if p.dtype in HALF)
 
-    def run(self, grad_scale, found_inf, record, workspace, check_only=False) -> None:
+    def run(self, grad_scale, found_inf, record, workspace, check_only=False, masters_follow=False) -> None:
         """Makes the call. `record` (see _records.py) and `workspace` may be None."""
         device = self.device
         values = hyperparameter_lists(self.hyperparameters)
@@ -126,6 +126,7 @@ class OpCall:
                 trust_ratios=record and record.trust_ratios,
                 layer_norms=record and record.layer_norms,
                 workspace=workspace,
+                masters_follow=masters_follow,
             )
 
     def keep(self) -> None:

@@ -12,7 +12,12 @@ from ._step_inputs import StepInputs
 
 
 def run_call(
-    call: OpCall, inputs: StepInputs, record: Record | None, workspace: Tensor | None, check_only: bool
+    call: OpCall,
+    inputs: StepInputs,
+    record: Record | None,
+    workspace: Tensor | None,
+    check_only: bool,
+    masters_follow: bool = False,
 ) -> None:
     """Makes an op call.
 
@@ -21,7 +26,7 @@ def run_call(
         RuntimeError, TypeError: as the op raises them.
     """
     try:
-        call.run(inputs.grad_scale, inputs.found_inf, record, workspace, check_only)
+        call.run(inputs.grad_scale, inputs.found_inf, record, workspace, check_only, masters_follow)
     except ValueError as error:
         raise ValueError(
             _in_words_of_param_groups(str(error), call, inputs.param_groups, inputs.state)

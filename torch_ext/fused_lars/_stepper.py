@@ -1,7 +1,7 @@
 """Makes a step outside torch.compile: gathers, checks and makes it, or repeats the last one."""
 
 from ._gather import append_group, gather_calls
-from ._masters import WrittenParams
+from ._masters import WrittenParams, is_captured
 from ._op_call import OpCalls
 from ._prepared_step import PreparedStep
 from ._records import Records
@@ -46,14 +46,16 @@ class Stepper:
             calls = sharding.calls(inputs)
         calls = OpCalls({key: call for key, call in calls.items() if call.params})
         has_masters = any(call.lists.master_params for call in calls.values())
-        if has_masters and sharding is None:
+        # A replay of a graph runs no code of the host, so the graph itself has to see what was written.
+        masters_follow = has_masters and sharding is None and is_captured()
+        if has_masters and sharding is None and not masters_follow:
             self._written_params.before_step(inputs.param_groups, inputs.state)
         records = {key: self.records.of_call(key, call.params) for key, call in calls.items()}
         # If a step has several calls, all are checked before the first of them writes.
         for check_only in (True, False) if len(calls) > 1 else (False,):
             for key, call in calls.items():
                 workspace = self.workspaces[call.device]
-                run_call(call, inputs, records[key], workspace.tensor, check_only)
+                run_call(call, inputs, records[key], workspace.tensor, check_only, masters_follow)
                 workspace.after_use()
         is_repeated = self.records.take(records)
         if sharding is not None:

@@ -22,6 +22,7 @@ struct StepOptions {
   std::optional<at::Tensor> trust_ratios = {};
   std::optional<at::Tensor> layer_norms = {};
   std::optional<at::Tensor> workspace = {};
+  bool masters_follow = false;
 };
 
 // torch.ops.fused_lars.step_ for C++: one fused step over all groups, in place, through the dispatcher. The
