@@ -31,8 +31,9 @@ struct Assignment {
   uint32_t stage;        // where the tile is kept
 };
 
-// A stage's Work is replaced one turn after its update is handed out. The workers may still read it then.
-constexpr uint32_t kKeptWorks = kMostStages + 2;
+// One more than stages: while the next tile is kept, workers may still read the Work of the update that was
+// handed out last.
+constexpr uint32_t kKeptWorks = kMostStages + 1;
 
 template <typename Types>
 struct BlockShared {

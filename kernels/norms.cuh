@@ -27,14 +27,15 @@ __device__ __forceinline__ double decode_norm(double partial) {
   return partial < 0.0 ? -partial : sqrt(partial);
 }
 
-// A tile's partials, given its plain sums, in all lanes of the calling warp.
+// A tile's partials, given its plain sums, in all lanes of the calling warp. A sum is 0 only if all elements
+// are: squared_sums_of_warp sees to that.
 template <typename Types>
 __device__ __forceinline__ Sums<double> tile_partials(const Tile<Types>& tile,
                                                       Sums<typename Types::Compute> sums,
                                                       NormOf<typename Types::Compute> of) {
   using Compute = typename Types::Compute;
-  const Sums<double> scale = {square_scale<Compute>(sums.weight, Types::kTile),
-                              square_scale<Compute>(sums.grad, Types::kTile)};
+  const auto scale_of = [](Compute sum) { return sum == 0 ? 1.0 : square_scale<Compute>(sum, Types::kTile); };
+  const Sums<double> scale = {scale_of(sums.weight), scale_of(sums.grad)};
   if (scale.weight != 1.0 || scale.grad != 1.0) {
     const Sums<Compute> scaled = TileAgent<Types>::scaled_squared_sums(
         tile, {static_cast<Compute>(scale.weight), static_cast<Compute>(scale.grad)}, of);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include <cuda_bf16.h>
@@ -59,6 +60,19 @@ struct Packed {
       return words[e];
     }
   }
+  // Whether an element is not 0.
+  __device__ __forceinline__ bool any() const {
+    bool any = false;
+#pragma unroll
+    for (const Word word : words) {
+      if constexpr (sizeof(T) == 2) {
+        any |= (word & 0x7fff7fffu) != 0;
+      } else {
+        any |= word != 0;
+      }
+    }
+    return any;
+  }
   __device__ __forceinline__ void set(int e, T element) {
     if constexpr (sizeof(T) == 2) {
       uint16_t bits;
@@ -97,7 +111,8 @@ struct AccessOf<uint32_t, 2> {
 template <typename P>
 using Access = typename AccessOf<typename P::Word, P::kWords>::Type;
 
-// kLast: this step does not read the element again, so L2 may evict it first.
+// kLast: this step does not read the element again, so L2 may evict it first. (On an H100 that made a step
+// slower for tiles that are kept: their weights are written soon.)
 template <bool kLast, typename T>
 __device__ __forceinline__ T load_hinted(const T* from) {
   return kLast ? __ldcs(from) : __ldcg(from);
@@ -173,6 +188,7 @@ template <typename Types>
 class TileAgent {
   static constexpr int kVector = Types::kVector;
   using Compute = typename Types::Compute;
+  static constexpr Compute kLeastNormal = std::numeric_limits<Compute>::min();
   using PackedWeight = Packed<typename Types::Weight, kVector>;
   using PackedGrad = Packed<typename Types::Grad, kVector>;
 
@@ -213,7 +229,22 @@ class TileAgent {
     const Sums<Compute> sums =
         of.decayed ? squares_of_thread([=](Compute grad, Compute weight) { return of.factors(grad, weight); })
                    : squares_of_thread([](Compute grad, Compute) { return grad; });
-    return {warp_sum(sums.weight), warp_sum(sums.grad)};
+    Sums<Compute> of_warp = {warp_sum(sums.weight), warp_sum(sums.grad)};
+    // A sum whose squares have all underflowed becomes the least number. So it is not taken for that of
+    // zeros, and the tile is summed again. To sum tiles of zeros again would take long: an embedding has
+    // many.
+    if (of_warp.weight == 0 || of_warp.grad == 0) {
+      bool any_weight = false, any_grad = false;
+#pragma unroll
+      for (const auto& weight : weight_) any_weight |= weight.any();
+#pragma unroll
+      for (const auto& grad : grad_) any_grad |= grad.any();
+      any_weight = __any_sync(~0u, any_weight);
+      any_grad = __any_sync(~0u, any_grad || (of.decayed && any_weight));
+      if (of_warp.weight == 0 && any_weight) of_warp.weight = kLeastNormal;
+      if (of_warp.grad == 0 && any_grad) of_warp.grad = kLeastNormal;
+    }
+    return of_warp;
   }
 
   // The same sums of elements that are multiplied by `scale`, in each lane of the calling warp. This warp
