@@ -9,6 +9,7 @@
 // double-buffered: even and odd turns have a copy each. The dispatcher writes for turn t when the workers are
 // done with turn t - 2.
 
+#include "ratios.cuh"
 #include "work.cuh"
 
 namespace fused_lars {
@@ -95,8 +96,8 @@ class Dispatcher {
   __device__ __forceinline__ void hand_out(Task task, uint32_t turn) {
     Assignment assignment = {task, false, oldest_work_, oldest_stage_};
     if (task == Task::update_kept) {
-      oldest_work_ = oldest_work_ + 1 == kKeptWorks ? 0 : oldest_work_ + 1;
-      oldest_stage_ = oldest_stage_ + 1 == p_.order.stages ? 0 : oldest_stage_ + 1;
+      oldest_work_ = wrap(oldest_work_ + 1, kKeptWorks);
+      oldest_stage_ = wrap(oldest_stage_ + 1, p_.order.stages);
       --kept_;
       set_coefficients(shared_.works[assignment.work].item, decode_ratio(ratio_), turn);
     } else if (task != Task::none) {

@@ -42,6 +42,14 @@ struct TensorTypes {
   static constexpr uint32_t kStageBytes = kTile * (sizeof(Weight) + sizeof(Grad));
 };
 
+// Of an element of 16 bits.
+template <typename T>
+__device__ __forceinline__ uint16_t bits_of(T element) {
+  uint16_t bits;
+  memcpy(&bits, &element, sizeof element);
+  return bits;
+}
+
 // Elements as one access reads and writes them. Those of 16 bits stay packed until they are used: a tile of
 // them unpacked would not fit in registers.
 template <typename T, int kVector>
@@ -60,6 +68,7 @@ struct Packed {
       return words[e];
     }
   }
+
   // Whether an element is not 0.
   __device__ __forceinline__ bool any() const {
     bool any = false;
@@ -73,10 +82,10 @@ struct Packed {
     }
     return any;
   }
+
   __device__ __forceinline__ void set(int e, T element) {
     if constexpr (sizeof(T) == 2) {
-      uint16_t bits;
-      memcpy(&bits, &element, sizeof element);
+      const uint16_t bits = bits_of(element);
       const uint32_t other = words[e / 2] & (e % 2 == 0 ? 0xffff0000u : 0x0000ffffu);
       words[e / 2] = other | static_cast<uint32_t>(bits) << (e % 2 * 16);
     } else {
@@ -167,14 +176,6 @@ struct Tile {
   uint32_t misaligned;                              // the pointers that may not be accessed by vectors
   enum : uint32_t { kWeight = 1, kGrad = 2, kMomentumBuffer = 4, kParam = 8 };
 };
-
-// Of an element of 16 bits.
-template <typename T>
-__device__ __forceinline__ uint16_t bits_of(T element) {
-  uint16_t bits;
-  memcpy(&bits, &element, sizeof element);
-  return bits;
-}
 
 // In every lane, in one order for all of them.
 template <typename T>

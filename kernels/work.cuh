@@ -2,23 +2,10 @@
 
 // What a block has to know of an item: where its tile lies, what to do with it, and by which factors.
 
-#include <cuda/atomic>
-
-#include "norms.cuh"
 #include "parameters.h"
 #include "tile.cuh"
 
 namespace fused_lars {
-
-template <typename T>
-using DeviceAtomic = cuda::atomic_ref<T, cuda::thread_scope_device>;
-
-// A trust ratio in the workspace. A ratio is never negative, so its sign bit can mark it as published. All
-// bits are zero until then.
-__device__ __forceinline__ uint64_t encode_ratio(double q) { return __double_as_longlong(q) | 1ull << 63; }
-__device__ __forceinline__ double decode_ratio(uint64_t bits) {
-  return __longlong_as_double(bits & ~(1ull << 63));
-}
 
 // An item, looked up. Made by one thread, read by all.
 template <typename Types>
@@ -52,13 +39,13 @@ template <typename Types>
 __device__ __forceinline__ void look_up(const Parameters& p, const WorkItem& item, Work<Types>& work) {
   const TensorRow row = p.tensor(item.tensor);
   const ItemCounts begin = p.items_before(item.tensor), end = p.items_before(item.tensor + 1);
-  const bool has_norm_items = end.norms != begin.norms;
-  const uint32_t tiles = has_norm_items ? end.norms - begin.norms : end.updates - begin.updates;
+  const uint32_t norm_items = end.norms - begin.norms;
+  const uint32_t tiles = norm_items != 0 ? norm_items : end.updates - begin.updates;
   work.item = item;
   work.tiles = tiles;
   // A tensor whose norms are needed and which has no norm items has one tile.
   const Hyperparameters& group = p.group(row.group).hyperparameters;
-  work.takes_norms = !item.is_update || (!has_norm_items && p.pass == Pass::step &&
+  work.takes_norms = !item.is_update || (norm_items == 0 && p.pass == Pass::step &&
                                          (group.layer_adaptation || p.layer_norms != nullptr));
   work.has_decayed_norm = group.decayed_norm;
   if (group.decayed_norm) {
@@ -137,70 +124,6 @@ __device__ __forceinline__ Coefficients<typename Types::Compute> update_coeffici
   const float* step = p.steps == 0 ? nullptr : p.entry<const float*>(p.steps, item.tensor);
   return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q, grad_scale(p),
                                                /*first_step=*/step != nullptr && *step == 0.0f);
-}
-
-// Counts a norm item as done, given its partials. The last one of a tensor completes its norms. Called by all
-// lanes of a warp.
-template <typename Types>
-__device__ __forceinline__ void count_norm_item(const Parameters& p, const Work<Types>& work,
-                                                Sums<double> partial) {
-  const uint32_t lane = threadIdx.x % 32, tensor = work.item.tensor;
-  Sums<double>* partials = p.workspace.partials + p.items_before(tensor).norms;
-  uint32_t& counter = p.workspace.norm_items[tensor];
-  uint32_t done = 0;
-  if (lane == 0) {
-    partials[work.item.tile] = partial;
-    done = 1 + DeviceAtomic<uint32_t>(counter).fetch_add(1, cuda::memory_order_acq_rel);
-  }
-  if (__shfl_sync(~0u, done, 0) != work.tiles) return;
-  __syncwarp();
-
-  // Lane l adds tiles l, l + 32, ...; then the lanes' sums are added in a fixed order.
-  constexpr bool kMayBeNorms = std::is_same_v<typename Types::Compute, double>;
-  Sums<double> total = {0.0, 0.0};
-  bool any_norm = false;
-  constexpr uint32_t kAhead = 12;  // loads under way: updates wait for their latency
-  for (uint32_t first = lane; first < work.tiles; first += 32 * kAhead) {
-    Sums<double> loaded[kAhead];
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) {
-      const uint32_t tile = first + 32 * k;
-      loaded[k] = tile < work.tiles ? partials[tile] : Sums<double>{};
-    }
-#pragma unroll
-    for (Sums<double> add : loaded) {
-      if (kMayBeNorms && (add.weight < 0.0 || add.grad < 0.0)) {
-        any_norm = true;
-        add = {add.weight < 0.0 ? 0.0 : add.weight, add.grad < 0.0 ? 0.0 : add.grad};
-      }
-      total.weight += add.weight;
-      total.grad += add.grad;
-    }
-  }
-  __syncwarp();
-  total = {warp_sum(total.weight), warp_sum(total.grad)};
-  Sums<double> norms = {sqrt(total.weight), sqrt(total.grad)};
-  if (kMayBeNorms && __any_sync(~0u, any_norm)) {
-    const Sums<double> mixed = {norm_of_mixed_partials(&partials->weight, work.tiles),
-                                norm_of_mixed_partials(&partials->grad, work.tiles)};
-    // Else an element is inf or NaN, and so are they.
-    if (isfinite(norms.weight)) norms.weight = mixed.weight, total.weight = mixed.weight * mixed.weight;
-    if (isfinite(norms.grad)) norms.grad = mixed.grad, total.grad = mixed.grad * mixed.grad;
-  }
-  __syncwarp();
-  if (lane == 0) {
-    counter = 0;
-    if (p.pass == Pass::norms) {
-      double* row = p.squared_norms + 2 * static_cast<size_t>(p.tensor(tensor).index);
-      row[0] = total.weight;
-      row[1] = total.grad;
-    } else {
-      const uint64_t ratio = encode_ratio(trust_ratio(p, tensor, norms));
-      DeviceAtomic<uint64_t>(p.workspace.ratios[tensor]).store(ratio, cuda::memory_order_release);
-      record_norms(p, tensor, norms);
-    }
-  }
-  for (uint32_t tile = lane; tile < work.tiles; tile += 32) partials[tile] = {};
 }
 
 }  // namespace fused_lars
