@@ -1,5 +1,8 @@
 #include "checks.h"
 
+#include <algorithm>
+#include <string>
+
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/_local_scalar_dense_ops.h>
 #include <c10/core/InferenceMode.h>
@@ -7,6 +10,7 @@
 
 #include "fused_lars/errors.h"
 #include "overlap.h"
+#include "rounding.h"
 
 namespace fused_lars {
 
@@ -34,9 +38,9 @@ void check_param(const at::Tensor& param, int64_t index, at::Device device) {
                    "; expected the device of params[0], ", device);
 }
 
-// A gradient or state: it has the sizes and the device of its parameter, and one of two dtypes.
+// A gradient or state: it has the sizes and the device of its parameter, and one of some dtypes.
 void check_companion(const at::Tensor& tensor, const Name& name, const at::Tensor& param,
-                     at::ScalarType dtype, at::ScalarType other_dtype) {
+                     const std::vector<at::ScalarType>& dtypes) {
   FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
                    "; allowed: Strided (sparse gradients are not supported)");
   FUSED_LARS_CHECK(tensor.sym_sizes().equals(param.sym_sizes()), ShapeMismatch, name, " has shape ",
@@ -44,9 +48,28 @@ void check_companion(const at::Tensor& tensor, const Name& name, const at::Tenso
   FUSED_LARS_CHECK(tensor.device() == param.device(), InvalidTensor, name, " is on ", tensor.device(),
                    "; expected the device of its parameter, ", param.device());
   const auto got = tensor.scalar_type();
-  FUSED_LARS_CHECK(got == dtype || got == other_dtype, InvalidTensor, name, " has dtype ", got,
-                   "; allowed for a parameter of ", param.scalar_type(), ": ", dtype,
-                   dtype == other_dtype ? "" : c10::str(", ", other_dtype));
+  if (std::find(dtypes.begin(), dtypes.end(), got) != dtypes.end()) return;
+  std::string allowed;
+  for (const auto dtype : dtypes) allowed += (allowed.empty() ? "" : ", ") + std::string(toString(dtype));
+  FUSED_LARS_CHECK(false, InvalidTensor, name, " has dtype ", got, "; allowed for a parameter of ",
+                   param.scalar_type(), ": ", allowed);
+}
+
+// The dtypes of a gradient.
+std::vector<at::ScalarType> own_or_float(at::ScalarType param) {
+  if (param == at::kFloat) return {at::kFloat};
+  return {param, at::kFloat};
+}
+
+// A vector that belongs to one parameter.
+void check_vector(const at::Tensor& tensor, const Name& name, const c10::SymInt& size, at::ScalarType dtype,
+                  at::Device device) {
+  check_strided(tensor, name);
+  FUSED_LARS_CHECK(tensor.dim() == 1 && tensor.sym_numel() == size, ShapeMismatch, name, " has shape ",
+                   tensor.sym_sizes(), "; expected [", size, "]");
+  FUSED_LARS_CHECK(tensor.scalar_type() == dtype && tensor.device() == device && tensor.is_contiguous(),
+                   InvalidTensor, name, " is ", tensor.scalar_type(), " on ", tensor.device(),
+                   " with strides ", tensor.sym_strides(), "; expected contiguous ", dtype, " on ", device);
 }
 
 void check_writable(const at::Tensor& tensor, const Name& name) {
@@ -167,13 +190,15 @@ class StateList {
 // Calls f(name, tensor, is_written) for every tensor of a step.
 template <typename F>
 void for_each_tensor(const Step& step, F f) {
-  int64_t index = 0, buffer = 0, master = 0, applied = 0, group = 0;
+  int64_t index = 0, buffer = 0, master = 0, applied = 0, scale = 0, rng = 0, group = 0;
   for (const auto& tensor : step.tensors) {
     f(Name{"params", index}, tensor.param, true);
     f(Name{"grads", index++}, tensor.grad, false);
     if (tensor.momentum_buffer.defined()) f(Name{"momentum_buffers", buffer++}, tensor.momentum_buffer, true);
     if (tensor.master_param.defined()) f(Name{"master_params", master++}, tensor.master_param, true);
     if (tensor.step.defined()) f(Name{"steps", applied++}, tensor.step, true);
+    if (tensor.momentum_scale.defined()) f(Name{"momentum_scales", scale++}, tensor.momentum_scale, true);
+    if (tensor.rng_state.defined()) f(Name{"rng_states", rng++}, tensor.rng_state, true);
   }
   for (const auto& lr : step.lr_tensors) f(Name{"lr", group++}, lr, false);
   f(Name{"squared_norms"}, step.squared_norms, false);
@@ -192,6 +217,8 @@ void assemble(const StepLists& lists, at::Device device, Step& step) {
   StateList master_params("master_params", lists.master_params,
                           "fp16 or bf16 parameter of a group with master_weights");
   StateList steps("steps", lists.steps, "parameter of a group with momentum and dampening");
+  StateList momentum_scales("momentum_scales", lists.momentum_scales, "int8 momentum buffer");
+  StateList rng_states("rng_states", lists.rng_states, "parameter that is rounded stochastically");
   step.tensors.reserve(lists.params.size());
   int64_t index = 0;
   for (size_t group = 0; group < step.groups.size(); ++group) {
@@ -206,33 +233,52 @@ void assemble(const StepLists& lists, at::Device device, Step& step) {
                         .momentum_buffer = {},
                         .master_param = {},
                         .step = {},
+                        .momentum_scale = {},
+                        .rng_state = {},
                         .group = static_cast<int64_t>(group)};
       if (needs_momentum_buffer(hyperparameters)) tensor.momentum_buffer = momentum_buffers.take();
       if (needs_master(hyperparameters, param.scalar_type())) tensor.master_param = master_params.take();
       if (needs_step(hyperparameters)) tensor.step = steps.take();
+      if (needs_momentum_scale(tensor.momentum_buffer)) tensor.momentum_scale = momentum_scales.take();
+      if (needs_rng_state(hyperparameters, tensor.weight().scalar_type(), tensor.momentum_buffer)) {
+        tensor.rng_state = rng_states.take();
+      }
       step.tensors.push_back(std::move(tensor));
     }
   }
   momentum_buffers.check_all_taken();
   master_params.check_all_taken();
   steps.check_all_taken();
+  momentum_scales.check_all_taken();
+  rng_states.check_all_taken();
 }
 
 // Checks that gradients and state fit their parameters.
 void check_companions(const Step& step, at::Device device) {
-  int64_t index = 0, buffer = 0, master = 0, applied = 0;
+  int64_t index = 0, buffer = 0, master = 0, applied = 0, scale = 0, rng = 0;
   for (const auto& tensor : step.tensors) {
     const auto dtype = tensor.param.scalar_type();
-    check_companion(tensor.grad, {"grads", index}, tensor.param, dtype, at::kFloat);
+    check_companion(tensor.grad, {"grads", index}, tensor.param, own_or_float(dtype));
     check_writable(tensor.param, {"params", index});
     if (tensor.momentum_buffer.defined()) {
       const Name name{"momentum_buffers", buffer++};
-      check_companion(tensor.momentum_buffer, name, tensor.param, dtype, at::kFloat);
+      check_companion(tensor.momentum_buffer, name, tensor.param, momentum_dtypes(dtype));
       check_writable(tensor.momentum_buffer, name);
+    }
+    if (tensor.momentum_scale.defined()) {
+      // Blocks are runs of memory, so the buffer may have no gaps.
+      FUSED_LARS_CHECK(tensor.momentum_buffer.is_non_overlapping_and_dense(), InvalidTensor,
+                       Name{"momentum_buffers", buffer - 1}, " is int8 with strides ",
+                       tensor.momentum_buffer.sym_strides(), "; expected a dense tensor");
+      check_vector(tensor.momentum_scale, {"momentum_scales", scale++},
+                   scale_blocks(tensor.param.sym_numel()), at::kFloat, device);
+    }
+    if (tensor.rng_state.defined()) {
+      check_vector(tensor.rng_state, {"rng_states", rng++}, kRngStateSize, at::kLong, device);
     }
     if (tensor.master_param.defined()) {
       const Name name{"master_params", master++};
-      check_companion(tensor.master_param, name, tensor.param, at::kFloat, at::kFloat);
+      check_companion(tensor.master_param, name, tensor.param, {at::kFloat});
       check_writable(tensor.master_param, name);
     }
     if (tensor.step.defined()) check_scalar(tensor.step, {"steps", applied++}, device);
@@ -274,7 +320,12 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   check_companions(step, device);
   check_options(step, device);
   constexpr size_t kOptions = 6;  // squared_norms to workspace
-  check_shared_memory(step, lists.count() + step.lr_tensors.size() + kOptions);
+  size_t tensors = step.lr_tensors.size() + kOptions;
+  for (const auto& list : {lists.params, lists.grads, lists.momentum_buffers, lists.master_params, lists.steps,
+                           lists.momentum_scales, lists.rng_states}) {
+    tensors += list.size();
+  }
+  check_shared_memory(step, tensors);
 }
 
 void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArrayRef group_sizes,
@@ -291,7 +342,7 @@ void check_and_assemble(at::TensorList params, at::TensorList grads, at::IntArra
     // An fp32 tensor here may be the master of an fp16 or bf16 parameter. Its gradient is the parameter's.
     check_defined(grads[i], {"grads", index});
     const auto low = grads[i].scalar_type() == at::kHalf ? at::kHalf : at::kBFloat16;
-    check_companion(grads[i], {"grads", index}, params[i], dtype, dtype == at::kFloat ? low : at::kFloat);
+    check_companion(grads[i], {"grads", index}, params[i], {dtype, dtype == at::kFloat ? low : at::kFloat});
   }
   check_scalar(call.grad_scale, {"grad_scale"}, device);
   check_workspace(call.workspace, device);

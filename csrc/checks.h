@@ -3,20 +3,10 @@
 // The checks of an op's tensor arguments. All of them run before anything is written. overlap.h finds tensors
 // that share memory.
 
+#include "fused_lars/ops.h"
 #include "step.h"
 
 namespace fused_lars {
-
-// The tensor lists of the step ops, as their schema has them.
-struct StepLists {
-  at::TensorList params, grads, momentum_buffers, master_params, steps;
-  at::IntArrayRef group_sizes;
-
-  // The number of tensors in all lists.
-  size_t count() const {
-    return params.size() + grads.size() + momentum_buffers.size() + master_params.size() + steps.size();
-  }
-};
 
 // Fills step.tensors: gives each parameter its gradient and, from the state lists, the state that its group
 // needs. Then checks the whole step. step.groups and the optional tensors must be set before. An error names

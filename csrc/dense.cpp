@@ -39,7 +39,10 @@ void run_dense(void (*backend)(const Step&), Step& step) {
       if (written) copy_back.emplace_back(original, replacement);
       original = std::move(replacement);
     };
-    replace(tensor.param, dense(tensor.param), true);
+    // The blocks of an int8 buffer are runs of its memory, so the other tensors take its layout.
+    const bool has_blocks = tensor.momentum_scale.defined();
+    replace(tensor.param, has_blocks ? as_layout(tensor.param, tensor.momentum_buffer) : dense(tensor.param),
+            true);
     replace(tensor.grad, as_layout(tensor.grad, tensor.param), false);
     if (tensor.momentum_buffer.defined()) {
       replace(tensor.momentum_buffer, as_layout(tensor.momentum_buffer, tensor.param), true);

@@ -30,6 +30,9 @@ void validate(const Hyperparameters& h, long group) {
   FUSED_LARS_CHECK(h.dampening == 0.0 || !h.classic_momentum, InvalidOption, "Invalid dampening value",
                    where(), ": ", h.dampening,
                    "; dampening belongs to torch's momentum, allowed with classic_momentum=False");
+  FUSED_LARS_CHECK(!h.stochastic_rounding || !h.master_weights, InvalidOption,
+                   "Invalid stochastic_rounding value", where(),
+                   ": true; allowed without master_weights only, since a master loses nothing to rounding");
 }
 
 }  // namespace fused_lars

@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "dense.h"
 #include "fused_lars/errors.h"
+#include "rounding_reference.h"
 #include "step.h"
 
 namespace fused_lars {
@@ -55,10 +56,10 @@ std::string arguments_of(const std::string& suffix, const Take& take) {
 std::string step_schema(const std::string& name, const std::string& lr) {
   return name +
          "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] master_params, "
-         "Tensor(d!)[] steps, int[] group_sizes, *, " +
+         "Tensor(d!)[] steps, Tensor(e!)[] momentum_scales, Tensor(f!)[] rng_states, int[] group_sizes, *, " +
          lr + " lr, " + arguments_of("[]", [](const std::string& name) { return name != "lr"; }) +
-         "Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(e!)? "
-         "trust_ratios=None, Tensor(f!)? layer_norms=None, Tensor(g!)? workspace=None, "
+         "Tensor? squared_norms=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(g!)? "
+         "trust_ratios=None, Tensor(h!)? layer_norms=None, Tensor(i!)? workspace=None, "
          "bool masters_follow=False) -> ()";
 }
 
@@ -84,6 +85,8 @@ void bump_versions(const Step& step) {
     bump(tensor.momentum_buffer);
     bump(tensor.master_param);
     bump(tensor.step);
+    bump(tensor.momentum_scale);
+    bump(tensor.rng_state);
   }
   bump(step.trust_ratios);
   bump(step.layer_norms);
@@ -143,7 +146,8 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
     const auto* argument = torch::jit::last(*stack, count).data();
     const auto params = tensors_of(*argument++), grads = tensors_of(*argument++),
                momentum_buffers = tensors_of(*argument++), master_params = tensors_of(*argument++),
-               steps = tensors_of(*argument++);
+               steps = tensors_of(*argument++), momentum_scales = tensors_of(*argument++),
+               rng_states = tensors_of(*argument++);
     const auto group_sizes = (argument++)->toIntVector();
     Step step;
     step.groups.resize(group_sizes.size());
@@ -167,7 +171,9 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
       if (!value.isNone()) *tensor = value.toTensor();
     }
     step.masters_follow = (argument++)->toBool();
-    check_and_assemble({params, grads, momentum_buffers, master_params, steps, group_sizes}, step);
+    check_and_assemble({params, grads, momentum_buffers, master_params, steps, momentum_scales, rng_states,
+                        group_sizes},
+                       step);
     if (!step.tensors.empty()) backend(step);
   }
   torch::jit::drop(*stack, count);
@@ -296,6 +302,9 @@ TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
       "squared_norms.groups(Tensor[] params, Tensor[] grads, int[] group_sizes, *, float[] weight_decay, "
       "bool[] maximize, bool[] decayed_norm, Tensor? grad_scale, Tensor(a!) workspace) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // Between momentum and what an int8 buffer holds of it (rounding.h).
+  library.def("encode_momentum(Tensor momentum) -> (Tensor codes, Tensor scale)");
+  library.def("decode_momentum(Tensor codes, Tensor scale) -> Tensor");
   auto arguments = arguments_of("", [](const std::string&) { return true; });
   arguments.erase(arguments.size() - 2);  // the last comma
   library.def(("check_hyperparameters(" + arguments + ") -> ()").c_str(),
@@ -322,6 +331,11 @@ TORCH_LIBRARY_IMPL(fused_lars, Meta, library) {
 // Any other device.
 TORCH_LIBRARY_IMPL(fused_lars, CompositeExplicitAutograd, library) {
   register_step<fallback_backend>(library, "step_");
+  library.impl("encode_momentum", [](const at::Tensor& momentum) {
+    auto [codes, scale] = encode_momentum(momentum);
+    return std::make_tuple(std::move(codes), std::move(scale));
+  });
+  library.impl("decode_momentum", decode_momentum);
   register_norms<fallback_norm_backend>(library);
 }
 
@@ -346,11 +360,10 @@ TORCH_LIBRARY_IMPL(fused_lars, Python, library) {
   library.impl("check_step.tensor_lr", torch::CppFunction::makeFallthrough());
 }
 
-void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-           at::TensorList master_params, at::TensorList steps, at::IntArrayRef group_sizes,
-           const std::vector<Hyperparameters>& groups, const StepOptions& options) {
+void step_(const StepLists& lists, const std::vector<Hyperparameters>& groups, const StepOptions& options) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::step_", "");
-  torch::jit::Stack stack{params, grads, momentum_buffers, master_params, steps, group_sizes};
+  torch::jit::Stack stack{lists.params, lists.grads,           lists.momentum_buffers, lists.master_params,
+                          lists.steps,  lists.momentum_scales, lists.rng_states,       lists.group_sizes};
   push_hyperparameters(groups, stack);
   torch::jit::push(stack, options.squared_norms, options.grad_scale, options.found_inf, options.trust_ratios,
                    options.layer_norms, options.workspace, options.masters_follow);

@@ -8,6 +8,7 @@
 #include <unordered_set>
 
 #include "checks.h"
+#include "rounding_reference.h"
 #include "step.h"
 #include "step_calls.h"
 
@@ -24,18 +25,44 @@ const LARSOptions& options_of(const OptimizerParamGroup& group, size_t index) {
 }
 
 ParamState to_param_state(const LARSParamState& state) {
-  return {state.momentum_buffer(), state.master_param(), state.step(), state.mark};
+  return {.momentum_buffer = state.momentum_buffer(),
+          .master_param = state.master_param(),
+          .step = state.step(),
+          .momentum_scale = state.momentum_scale(),
+          .rng_state = state.rng_state(),
+          .mark = state.mark};
 }
 
 std::unique_ptr<LARSParamState> to_lars_state(const ParamState& state) {
   auto result = std::make_unique<LARSParamState>();
-  result->momentum_buffer(state.momentum_buffer).master_param(state.master_param).step(state.step);
+  result->momentum_buffer(state.momentum_buffer)
+      .master_param(state.master_param)
+      .step(state.step)
+      .momentum_scale(state.momentum_scale)
+      .rng_state(state.rng_state);
   return result;
+}
+
+void check_options(const LARSOptions& options, size_t group) {
+  validate(options.hyperparameters(), static_cast<long>(group));
+  const auto dtype = options.momentum_dtype().value_or(at::kFloat);
+  FUSED_LARS_CHECK(dtype == at::kFloat || is_half(dtype) || dtype == at::kChar, InvalidOption,
+                   "Invalid momentum_dtype value in group ", group, ": ", dtype,
+                   "; allowed: Float, BFloat16, Half, Char");
+  const auto seed = options.rounding_seed();
+  FUSED_LARS_CHECK(seed >= 0 && seed <= INT32_MAX, InvalidOption, "Invalid rounding_seed value in group ",
+                   group, ": ", seed, "; allowed: 0 to 2^31 - 1");
 }
 
 // The state that an archive has for `param`, moved to the parameter's device and to the dtype of its state.
 ParamState loaded_state(const LARSParamState& archived, const at::Tensor& param, size_t group) {
   auto state = to_param_state(archived);
+  if (needs_momentum_scale(state.momentum_buffer)) {
+    FUSED_LARS_CHECK(state.momentum_scale.defined(), InvalidTensor, "the archive's momentum_buffer in group ",
+                     group, " is int8 and has no momentum_scale");
+    state.momentum_buffer = decode_momentum(state.momentum_buffer, state.momentum_scale);
+    state.momentum_scale = at::Tensor();
+  }
   const auto convert = [&](const char* name, at::Tensor& tensor, at::ScalarType dtype, bool one_element) {
     if (!tensor.defined()) return;
     FUSED_LARS_CHECK(tensor.layout() == at::kStrided && is_parameter_dtype(tensor.scalar_type()),
@@ -54,6 +81,13 @@ ParamState loaded_state(const LARSParamState& archived, const at::Tensor& param,
   convert("momentum_buffer", state.momentum_buffer, stays_float ? at::kFloat : dtype, false);
   convert("master_param", state.master_param, at::kFloat, false);
   convert("step", state.step, at::kFloat, true);
+  if (state.rng_state.defined()) {
+    FUSED_LARS_CHECK(state.rng_state.scalar_type() == at::kLong && state.rng_state.numel() == kRngStateSize,
+                     InvalidTensor, "the archive's rng_state in group ", group, " is ",
+                     state.rng_state.scalar_type(), state.rng_state.sizes(), "; expected Long [",
+                     kRngStateSize, "]");
+    state.rng_state = state.rng_state.to(param.device());
+  }
   return state;
 }
 
@@ -94,6 +128,10 @@ LARSOptions LARSOptions::inherit(const LARSOptions& defaults) const {
   if (!was_given("layer_adaptation") && layer_adaptation_ == fresh.layer_adaptation_) {
     result.layer_adaptation_ = defaults.layer_adaptation_;
   }
+  if (!was_given("momentum_dtype") && !momentum_dtype_) result.momentum_dtype_ = defaults.momentum_dtype_;
+  if (!was_given("rounding_seed") && rounding_seed_ == fresh.rounding_seed_) {
+    result.rounding_seed_ = defaults.rounding_seed_;
+  }
   return result;
 }
 
@@ -102,36 +140,52 @@ void LARSOptions::serialize(torch::serialize::OutputArchive& archive) const {
     archive.write(
         name, name == "layer_adaptation" ? layer_adaptation_.to_ivalue() : torch::IValue(values_.*member));
   });
+  archive.write("momentum_dtype",
+                momentum_dtype_ ? torch::IValue(static_cast<int64_t>(*momentum_dtype_)) : torch::IValue());
+  archive.write("rounding_seed", torch::IValue(rounding_seed_));
 }
 
 void LARSOptions::serialize(torch::serialize::InputArchive& archive) {
-  for_each_hyperparameter([&](const std::string& name, auto member) {
+  const auto read = [&](const std::string& name) {
     torch::IValue stored;
     FUSED_LARS_CHECK(archive.try_read(name, stored), InvalidOption, "the archive has no option ", name,
                      "; expected one that fused_lars::LARS wrote");
+    given_.insert(name);
+    return stored;
+  };
+  for_each_hyperparameter([&](const std::string& name, auto member) {
+    const auto stored = read(name);
     if (name == "layer_adaptation") {
       layer_adaptation_ = LayerAdaptation::from_ivalue(stored);
     } else {
       values_.*member = stored.to<std::decay_t<decltype(values_.*member)>>();
     }
-    given_.insert(name);
   });
+  const auto dtype = read("momentum_dtype");
+  momentum_dtype_.reset();
+  if (!dtype.isNone()) momentum_dtype_ = static_cast<at::ScalarType>(dtype.toInt());
+  rounding_seed_ = read("rounding_seed").toInt();
 }
 
 bool operator==(const LARSOptions& left, const LARSOptions& right) {
-  return left.values_ == right.values_ && left.layer_adaptation_ == right.layer_adaptation_;
+  return left.values_ == right.values_ && left.layer_adaptation_ == right.layer_adaptation_ &&
+         left.momentum_dtype_ == right.momentum_dtype_ && left.rounding_seed_ == right.rounding_seed_;
 }
 
 void LARSParamState::serialize(torch::serialize::OutputArchive& archive) const {
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum_buffer);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(master_param);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(step);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum_scale);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(rng_state);
 }
 
 void LARSParamState::serialize(torch::serialize::InputArchive& archive) {
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, momentum_buffer);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, master_param);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, step);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, momentum_scale);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, rng_state);
 }
 
 LARS::LARS(const std::vector<OptimizerParamGroup>& param_groups, LARSOptions defaults)
@@ -147,7 +201,7 @@ void LARS::add_param_group(const OptimizerParamGroup& param_group) {
   const size_t index = param_groups_.size();
   auto options = static_cast<const LARSOptions&>(*defaults_);
   if (param_group.has_options()) options = options_of(param_group, index).inherit(options);
-  validate(options.hyperparameters(), static_cast<long>(index));
+  check_options(options, index);
   check_distinct(param_group.params(), index);
   Optimizer::add_param_group(OptimizerParamGroup(param_group.params()));
   param_groups_.back().set_options(std::make_unique<LARSOptions>(options));
@@ -179,14 +233,17 @@ at::Tensor LARS::step(LossClosure closure) {
   StepCalls calls(groups);
   std::vector<std::pair<void*, ParamState>> new_states;  // stored after the step, which may throw
   std::vector<at::Tensor> with_master;
+  int64_t position = 0;  // of the parameter in the optimizer
   for (size_t index = 0; index < groups.size(); ++index) {
+    const auto& options = options_of(param_groups_[index], index);
     for (const auto& param : param_groups_[index].params()) {
+      const StateOptions state_options{options.momentum_dtype(), rng_key(options.rounding_seed(), position++)};
       const auto& grad = param.grad();
       if (!grad.defined()) continue;
       const auto kept = state_.find(param.unsafeGetTensorImpl());
       ParamState state;
       if (kept != state_.end()) state = to_param_state(static_cast<const LARSParamState&>(*kept->second));
-      const bool made = complete(state, param, groups[index]);
+      const bool made = complete(state, param, groups[index], state_options);
       calls.add(index, param, grad, state);
       if (needs_master(groups[index], param.scalar_type())) with_master.push_back(param);
       if (made) new_states.emplace_back(param.unsafeGetTensorImpl(), std::move(state));
@@ -208,7 +265,7 @@ void LARS::load(torch::serialize::InputArchive& archive) {
   LARS loaded(param_groups_, static_cast<const LARSOptions&>(*defaults_));
   torch::optim::serialize<LARSParamState, LARSOptions>(archive, loaded);
   for (size_t index = 0; index < param_groups_.size(); ++index) {
-    validate(options_of(loaded.param_groups_[index], index).hyperparameters(), static_cast<long>(index));
+    check_options(options_of(loaded.param_groups_[index], index), index);
     for (const auto& param : loaded.param_groups_[index].params()) {
       const auto kept = loaded.state_.find(param.unsafeGetTensorImpl());
       if (kept == loaded.state_.end()) continue;

@@ -21,12 +21,13 @@ class PreparedStep final : public torch::CustomClassHolder {
  public:
   // `without_grad`: the parameters that had no gradient, so that the step leaves them alone.
   PreparedStep(Tensors params, Tensors momentum_buffers, Tensors master_params, Tensors steps,
-               std::vector<at::Tensor> without_grad, c10::List<int64_t> group_sizes)
+               Tensors momentum_scales, Tensors rng_states, std::vector<at::Tensor> without_grad,
+               c10::List<int64_t> group_sizes)
       : params_(params.vec()),
         without_grad_(std::move(without_grad)),
         before_grads_{std::move(params)},
         after_grads_{std::move(momentum_buffers), std::move(master_params), std::move(steps),
-                     std::move(group_sizes)} {}
+                     std::move(momentum_scales),  std::move(rng_states),    std::move(group_sizes)} {}
 
   // One list for each hyperparameter, in the order of the op's schema, with one entry for each group.
   void set_hyperparameters(const Numbers& numbers, const Switches& switches) {
@@ -103,7 +104,8 @@ class PreparedNorms final : public torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
   library.class_<PreparedStep>("PreparedStep")
-      .def(torch::init<Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>, c10::List<int64_t>>())
+      .def(torch::init<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>,
+                       c10::List<int64_t>>())
       .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
       .def("run", &PreparedStep::run)
       .def("run_with", &PreparedStep::run_with);

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include "norm_range.h"
+#include "rounding_reference.h"
 #include "rule.h"
 #include "step.h"
 
@@ -90,6 +91,39 @@ SplitRatio<at::Tensor> split_ratio(const at::Tensor& q, at::ScalarType dtype) {
   return {held, (q / held).detach()};
 }
 
+// The tensor whose order in memory numbers the elements, for random bits and blocks.
+const at::Tensor& numbering(const StepTensor& tensor) {
+  return tensor.momentum_scale.defined() ? tensor.momentum_buffer : tensor.param;
+}
+
+at::Tensor momentum_of(const StepTensor& tensor, const at::Tensor& weight, at::ScalarType dtype) {
+  if (!tensor.momentum_buffer.defined()) return at::zeros_like(weight);
+  if (tensor.momentum_scale.defined()) return decode_momentum(tensor.momentum_buffer, tensor.momentum_scale);
+  return tensor.momentum_buffer.to(dtype);
+}
+
+at::Tensor rounded(const StepTensor& tensor, RoundedTensor which, const at::Tensor& values,
+                   at::ScalarType dtype) {
+  const auto& like = numbering(tensor);
+  const auto vector = in_memory_order(values.detach(), like);
+  const auto random = random_bits(tensor.rng_state, which, vector.sym_numel());
+  return from_memory_order(round_stochastically(vector, dtype, random), like);
+}
+
+// What the buffer becomes; with a scale if it is int8.
+EncodedMomentum stored_momentum(const StepTensor& tensor, const Hyperparameters& h, const at::Tensor& values) {
+  const auto dtype = tensor.momentum_buffer.scalar_type();
+  if (!rounds_momentum_stochastically(h, tensor.weight().scalar_type(), dtype)) return {values, {}};
+  if (!tensor.momentum_scale.defined()) {
+    return {rounded(tensor, RoundedTensor::momentum_buffer, values, dtype), {}};
+  }
+  const auto& like = numbering(tensor);
+  const auto vector = in_memory_order(values.detach(), like);
+  auto encoded = encode_vector(
+      vector, random_bits(tensor.rng_state, RoundedTensor::momentum_buffer, vector.sym_numel()));
+  return {from_memory_order(encoded.codes, like), encoded.scale};
+}
+
 }  // namespace
 
 void step_reference(const Step& step) {
@@ -141,13 +175,23 @@ void step_reference(const Step& step) {
     }
     const auto c = coefficients(h, lr[tensor.group], split_ratio(q, dtype), grad_scale, undamped,
                                 ToDtype{options.dtype(dtype)});
-    auto momentum_buffer =
-        tensor.momentum_buffer.defined() ? tensor.momentum_buffer.to(dtype) : at::zeros_like(weight);
+    auto momentum_buffer = momentum_of(tensor, weight, dtype);
     update(c, grad, weight, momentum_buffer);
 
-    if (tensor.momentum_buffer.defined()) assign(tensor.momentum_buffer, momentum_buffer);
+    if (tensor.momentum_buffer.defined()) {
+      const auto stored = stored_momentum(tensor, h, momentum_buffer);
+      assign(tensor.momentum_buffer, stored.codes);
+      if (tensor.momentum_scale.defined()) assign(tensor.momentum_scale, stored.scale);
+    }
     if (tensor.master_param.defined()) assign(tensor.master_param, weight);
+    if (rounds_weight_stochastically(h, tensor.weight().scalar_type())) {
+      weight = rounded(tensor, RoundedTensor::weight, weight, tensor.param.scalar_type());
+    }
     assign(tensor.param, weight);
+    if (tensor.rng_state.defined()) {
+      const auto updates = tensor.rng_state.select(0, 1);
+      assign(updates, updates + 1);
+    }
   }
 }
 

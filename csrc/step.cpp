@@ -14,6 +14,8 @@ Element element(const at::Tensor& tensor) {
       return Element::f16;
     case at::kBFloat16:
       return Element::bf16;
+    case at::kChar:
+      return Element::i8;
     default:
       return Element::f32;
   }

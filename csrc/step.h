@@ -18,9 +18,11 @@ namespace fused_lars {
 struct StepTensor {
   at::Tensor param;            // fp32, fp64, fp16 or bf16
   at::Tensor grad;             // the parameter's dtype, or fp32
-  at::Tensor momentum_buffer;  // the parameter's dtype, or fp32; undefined without momentum
+  at::Tensor momentum_buffer;  // see momentum_dtypes; undefined without momentum
   at::Tensor master_param;     // fp32; undefined unless an fp16 or bf16 parameter has one
   at::Tensor step;             // one fp32 element, the updates applied so far; undefined without dampening
+  at::Tensor momentum_scale;   // fp32, one for each block of an int8 buffer (rounding.h); else undefined
+  at::Tensor rng_state;        // int64 (3), see RngState; undefined if nothing is rounded stochastically
   int64_t group;
 
   // The tensor that the rule reads and writes. With a master, `param` only receives the rounded result.
@@ -51,6 +53,34 @@ inline bool needs_step(const Hyperparameters& group) { return group.momentum > 0
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
 inline bool needs_master(const Hyperparameters& group, at::ScalarType param) {
   return group.master_weights && is_half(param);
+}
+inline bool needs_momentum_scale(const at::Tensor& momentum_buffer) {
+  return momentum_buffer.defined() && momentum_buffer.scalar_type() == at::kChar;
+}
+
+// Which tensors of a step are rounded stochastically: those that hold a result in fewer bits than it was
+// computed in and are read again by the next step. A buffer of the weight's own type is rounded as the weight
+// is. A parameter that has a master is rounded to nearest, since it is not read again.
+inline bool rounds_weight_stochastically(const Hyperparameters& group, at::ScalarType weight) {
+  return group.stochastic_rounding && is_half(weight);
+}
+inline bool rounds_momentum_stochastically(const Hyperparameters& group, at::ScalarType weight,
+                                           at::ScalarType momentum_buffer) {
+  if (momentum_buffer == at::kChar) return true;
+  return is_half(momentum_buffer) && (!is_half(weight) || group.stochastic_rounding);
+}
+inline bool needs_rng_state(const Hyperparameters& group, at::ScalarType weight,
+                            const at::Tensor& momentum_buffer) {
+  return rounds_weight_stochastically(group, weight) ||
+         (momentum_buffer.defined() &&
+          rounds_momentum_stochastically(group, weight, momentum_buffer.scalar_type()));
+}
+
+// The dtypes that the momentum buffer of a parameter may have. int8 (Char) comes with scales.
+inline std::vector<at::ScalarType> momentum_dtypes(at::ScalarType param) {
+  if (param == at::kDouble) return {at::kDouble, at::kFloat};
+  if (param == at::kFloat) return {at::kFloat, at::kBFloat16, at::kHalf, at::kChar};
+  return {param, at::kFloat, at::kChar};
 }
 
 // The dtype of norms and trust ratios: fp64, or fp32 on a device without fp64.

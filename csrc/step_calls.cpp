@@ -8,17 +8,43 @@
 
 #include "checks.h"
 #include "fused_lars/ops.h"
+#include "rounding_reference.h"
 #include "step.h"
 
 namespace fused_lars {
+namespace {
+
+void convert_momentum(ParamState& state, at::ScalarType dtype) {
+  auto& buffer = state.momentum_buffer;
+  if (needs_momentum_scale(buffer)) buffer = decode_momentum(buffer, state.momentum_scale);
+  state.momentum_scale = at::Tensor();
+  if (dtype != at::kChar) {
+    buffer = buffer.to(dtype);
+    return;
+  }
+  auto encoded = encode_momentum(buffer);
+  buffer = std::move(encoded.codes);
+  state.momentum_scale = std::move(encoded.scale);
+}
+
+at::Tensor new_rng_state(int64_t key, at::Device device) {
+  auto state = at::zeros({kRngStateSize}, at::kLong);
+  state.select(0, 0).fill_(key);
+  return state.to(device);
+}
+
+}  // namespace
+
 ParamMark mark_of(const at::Tensor& param) {
   if (param.is_inference() || !param.has_storage()) return std::nullopt;
   return std::make_pair(param._version(), static_cast<const void*>(param.const_data_ptr()));
 }
 
-bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group) {
+bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group,
+              const StateOptions& options) {
   const bool master = needs_master(group, param.scalar_type());
-  const auto dtype = master ? at::kFloat : param.scalar_type();
+  const auto weight_dtype = master ? at::kFloat : param.scalar_type();
+  const auto dtype = options.momentum_dtype.value_or(weight_dtype);
   bool made = false;
   const auto make = [&](at::Tensor& tensor, bool needed, auto initial) {
     if (!needed || tensor.defined()) return;
@@ -26,12 +52,20 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
     made = true;
   };
   const bool had_buffer = state.momentum_buffer.defined();
-  if (had_buffer && master && state.momentum_buffer.scalar_type() != at::kFloat) {
-    state.momentum_buffer = state.momentum_buffer.to(at::kFloat);
+  // A buffer of a group that had other options before.
+  const bool is_wider = !options.momentum_dtype && had_buffer && state.momentum_buffer.scalar_type() == at::kFloat;
+  if (had_buffer && state.momentum_buffer.scalar_type() != dtype && !is_wider) {
+    convert_momentum(state, dtype);
     made = true;
   }
   make(state.momentum_buffer, needs_momentum_buffer(group),
        [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
+  make(state.momentum_scale, needs_momentum_scale(state.momentum_buffer), [&] {
+    return at::zeros({scale_blocks(param.numel())}, param.options().dtype(at::kFloat));
+  });
+  make(state.rng_state, needs_rng_state(group, weight_dtype, state.momentum_buffer), [&] {
+    return new_rng_state(options.rng_key, param.device());
+  });
   if (master && state.master_param.defined() && (!state.mark || state.mark != mark_of(param))) {
     const auto& old = state.master_param;
     // If these differ, the op refuses the step.
@@ -55,6 +89,10 @@ void StepCalls::add(size_t group, const at::Tensor& param, const at::Tensor& gra
   if (needs_momentum_buffer(groups_[group])) call->momentum_buffers.push_back(state.momentum_buffer);
   if (needs_master(groups_[group], param.scalar_type())) call->master_params.push_back(state.master_param);
   if (needs_step(groups_[group])) call->steps.push_back(state.step);
+  const auto buffer = needs_momentum_buffer(groups_[group]) ? state.momentum_buffer : at::Tensor();
+  const auto weight_dtype = (state.master_param.defined() ? state.master_param : param).scalar_type();
+  if (needs_momentum_scale(buffer)) call->momentum_scales.push_back(state.momentum_scale);
+  if (needs_rng_state(groups_[group], weight_dtype, buffer)) call->rng_states.push_back(state.rng_state);
   ++call->group_sizes[group];
 }
 
@@ -66,15 +104,12 @@ void StepCalls::run(Workspaces& workspaces) const {
     for (const auto& call : calls_) {
       Step step;
       step.groups = groups_;
-      check_and_assemble(
-          {call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes},
-          step);
+      check_and_assemble(call.lists(), step);
     }
   }
   for (const auto& call : calls_) {
     const auto step = [&](const StepOptions& options) {
-      step_(call.params, call.grads, call.momentum_buffers, call.master_params, call.steps, call.group_sizes,
-            groups_, options);
+      step_(call.lists(), groups_, options);
     };
     if (!call.device.is_cuda()) {
       step({});

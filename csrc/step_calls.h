@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fused_lars/hyperparameters.h"
+#include "fused_lars/ops.h"
 #include "fused_lars/workspaces.h"
 
 namespace fused_lars {
@@ -21,14 +22,21 @@ ParamMark mark_of(const at::Tensor& param);
 
 // What one parameter keeps between steps. A tensor that its group does not need is undefined.
 struct ParamState {
-  at::Tensor momentum_buffer, master_param, step;
+  at::Tensor momentum_buffer, master_param, step, momentum_scale, rng_state;
   ParamMark mark;  // taken after the last step; not saved
+};
+
+// What decides how state is made, beside hyperparameters.
+struct StateOptions {
+  std::optional<at::ScalarType> momentum_dtype = {};  // empty: the parameter's, or fp32 with a master
+  int64_t rng_key = 0;                                // of the parameter
 };
 
 // Makes the state that `group` needs for `param` and that `state` does not have yet. Returns whether it made
 // any. If the parameter was written since the mark, or if that is not known, its master takes over what was
 // written.
-bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group);
+bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters& group,
+              const StateOptions& options = {});
 
 class StepCalls {
  public:
@@ -45,7 +53,13 @@ class StepCalls {
     Call(at::Device device, size_t groups) : device(device), group_sizes(groups) {}
 
     at::Device device;
-    std::vector<at::Tensor> params, grads, momentum_buffers, master_params, steps;
+    StepLists lists() const {
+      return {params,          grads,      momentum_buffers, master_params, steps,
+              momentum_scales, rng_states, group_sizes};
+    }
+
+    std::vector<at::Tensor> params, grads, momentum_buffers, master_params, steps, momentum_scales,
+        rng_states;
     std::vector<int64_t> group_sizes;
   };
 

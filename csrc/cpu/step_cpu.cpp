@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 
 #include <ATen/Parallel.h>
@@ -31,9 +32,23 @@ ElementPointer pointer(const at::Tensor& tensor) {
   return tensor.defined() ? ElementPointer{tensor.data_ptr(), element(tensor)} : ElementPointer();
 }
 
-TensorPointers pointers(const StepTensor& tensor) {
-  return {pointer(tensor.weight()), pointer(tensor.grad), pointer(tensor.momentum_buffer),
-          tensor.master_param.defined() ? pointer(tensor.param) : ElementPointer()};
+TensorPointers pointers(const StepTensor& tensor, const Hyperparameters& group) {
+  TensorPointers pointers{.weight = pointer(tensor.weight()),
+                          .grad = pointer(tensor.grad),
+                          .momentum_buffer = pointer(tensor.momentum_buffer),
+                          .low_precision = pointer(tensor.master_param.defined() ? tensor.param : at::Tensor())};
+  if (tensor.momentum_scale.defined()) {
+    pointers.momentum_scale = tensor.momentum_scale.mutable_data_ptr<float>();
+  }
+  if (tensor.rng_state.defined()) {
+    std::memcpy(&pointers.rng, tensor.rng_state.const_data_ptr(), sizeof(RngState));
+    const auto weight = tensor.weight().scalar_type();
+    pointers.rounds_weight_stochastically = rounds_weight_stochastically(group, weight);
+    pointers.rounds_momentum_stochastically =
+        tensor.momentum_buffer.defined() &&
+        rounds_momentum_stochastically(group, weight, tensor.momentum_buffer.scalar_type());
+  }
+  return pointers;
 }
 
 int64_t tiles_of(int64_t numel) { return (numel + kTile - 1) / kTile; }
@@ -74,7 +89,7 @@ class Batch {
            double grad_scale) {
     const int64_t numel = tensor.param.numel();
     Work& work = work_.emplace_back();
-    work.tensors = pointers(tensor);
+    work.tensors = pointers(tensor, group);
     work.numel = numel;
     work.first_tile = tiles_;
     work.index = index;
@@ -215,6 +230,7 @@ void step_cpu(const Step& step) {
       first_step = applied == 0.0f;
       applied += 1.0f;
     }
+    if (tensor.rng_state.defined()) ++tensor.rng_state.mutable_data_ptr<int64_t>()[1];
     work.f32 = coefficients<float>(group, group.lr, q, grad_scale, first_step);
     work.f64 = coefficients<double>(group, group.lr, q, grad_scale, first_step);
   };

@@ -43,17 +43,6 @@ FUSED_LARS_INLINE void store(T* to, Vector<T> x) {
 
 // ---------------------------------------------------------------- conversion to the type of computation
 
-FUSED_LARS_INLINE float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-FUSED_LARS_INLINE uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
 FUSED_LARS_INLINE float from_bf16(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
 // Rounds to nearest, ties to even. NaN stays NaN.
 FUSED_LARS_INLINE uint16_t to_bf16(float x) {
@@ -156,6 +145,74 @@ FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, co
   } else {
     narrow_f16(values, static_cast<uint16_t*>(x.data) + offset, count);
   }
+}
+
+// ---------------------------------------------------------------- stochastic rounding
+
+// 16 random bits for each element of a chunk.
+class ChunkRandomBits {
+ public:
+  void draw(const RngState& rng, RoundedTensor tensor, int64_t offset, int64_t count) {
+    const auto first = static_cast<uint64_t>(rng.first_element + offset);
+    skipped_ = static_cast<int64_t>(first % kElementsPerDraw);
+    const int64_t draws = (skipped_ + count + kElementsPerDraw - 1) / kElementsPerDraw;
+    for (int64_t i = 0; i < draws; i += kDrawsAtOnce) draw_at_once(rng, tensor, first / kElementsPerDraw + i, i);
+  }
+  FUSED_LARS_INLINE uint32_t of(int64_t i) const { return bits_[skipped_ + i]; }
+
+ private:
+  static constexpr int64_t kDrawsAtOnce = kVectorBytes / sizeof(uint32_t);
+
+  // In arrays by word, so that the compiler makes vectors of draws.
+  FUSED_LARS_INLINE void draw_at_once(const RngState& rng, RoundedTensor tensor, uint64_t draw, int64_t i) {
+    RandomBits drawn[kDrawsAtOnce];
+    for (int64_t k = 0; k < kDrawsAtOnce; ++k) drawn[k] = draw_bits(rng, tensor, draw + k);
+    std::memcpy(bits_ + i * kElementsPerDraw, drawn, sizeof(drawn));
+  }
+
+  int64_t skipped_ = 0;
+  // One more draw than a chunk has if it begins within a draw, filled up to whole vectors.
+  uint16_t bits_[kChunk + kDrawsAtOnce * kElementsPerDraw];
+};
+
+// Writes fp32 values to `count` elements of fp16 or bf16, from `offset`.
+void close_stochastically(ElementPointer x, int64_t offset, int64_t count, const float* values,
+                          const ChunkRandomBits& random) {
+  auto* to = static_cast<uint16_t*>(x.data) + offset;
+  if (x.element == Element::bf16) {
+    for (int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i], random.of(i));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = round_to_f16(values[i], random.of(i));
+  }
+}
+
+// Calls f(first, count) for each block of a chunk.
+template <typename F>
+FUSED_LARS_INLINE void for_blocks(int64_t count, const F& f) {
+  static_assert(kChunk % kScaleBlock == 0);
+  for (int64_t i = 0; i < count; i += kScaleBlock) f(i, std::min<int64_t>(kScaleBlock, count - i));
+}
+
+void open_int8(const TensorPointers& tensors, int64_t offset, int64_t count, float* values) {
+  const auto* codes = static_cast<const int8_t*>(tensors.momentum_buffer.data) + offset;
+  for_blocks(count, [&](int64_t first, int64_t n) {
+    const float scale = tensors.momentum_scale[(offset + first) / kScaleBlock];
+    for (int64_t i = first; i < first + n; ++i) values[i] = decode(codes[i], scale);
+  });
+}
+
+void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
+                const ChunkRandomBits& random) {
+  auto* codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
+  for_blocks(count, [&](int64_t first, int64_t n) {
+    int32_t largest = 0;
+    for (int64_t i = first; i < first + n; ++i) {
+      largest = std::max(largest, static_cast<int32_t>(float_to_bits(values[i]) & 0x7fffffff));
+    }
+    const BlockScale block = block_scale(static_cast<uint32_t>(largest));
+    for (int64_t i = first; i < first + n; ++i) codes[i] = encode(values[i], block.gain, random.of(i));
+    tensors.momentum_scale[(offset + first) / kScaleBlock] = block.scale;
+  });
 }
 
 // ---------------------------------------------------------------- squared norm
@@ -316,6 +373,49 @@ FUSED_LARS_INLINE void update_run(Coefficients<T> c, T* weight, const T* grad, T
 }
 
 template <typename T>
+FUSED_LARS_INLINE T* open_momentum(const TensorPointers& tensors, int64_t offset, int64_t count, T* scratch) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (tensors.momentum_scale != nullptr) {
+      open_int8(tensors, offset, count, scratch);
+      return scratch;
+    }
+  }
+  return open(tensors.momentum_buffer, offset, count, scratch);
+}
+
+template <typename T>
+FUSED_LARS_INLINE void close_momentum(const TensorPointers& tensors, int64_t offset, int64_t count,
+                                      const T* values) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (tensors.rounds_momentum_stochastically) {
+      ChunkRandomBits random;
+      random.draw(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
+      if (tensors.momentum_scale != nullptr) {
+        close_int8(tensors, offset, count, values, random);
+      } else {
+        close_stochastically(tensors.momentum_buffer, offset, count, values, random);
+      }
+      return;
+    }
+  }
+  close(tensors.momentum_buffer, offset, count, values);
+}
+
+template <typename T>
+FUSED_LARS_INLINE void close_weight(const TensorPointers& tensors, int64_t offset, int64_t count,
+                                    const T* values) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (tensors.rounds_weight_stochastically) {
+      ChunkRandomBits random;
+      random.draw(tensors.rng, RoundedTensor::weight, offset, count);
+      close_stochastically(tensors.weight, offset, count, values, random);
+      return;
+    }
+  }
+  close(tensors.weight, offset, count, values);
+}
+
+template <typename T>
 void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_t offset, int64_t count) {
   T weight_scratch[kChunk], grad_scratch[kChunk], buffer_scratch[kChunk];
   const bool has_momentum = tensors.momentum_buffer.data != nullptr;
@@ -329,17 +429,17 @@ void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_
     T* weight = open(tensors.weight, at, n, weight_scratch);
     const T* grad = open(tensors.grad, at, n, grad_scratch);
     if (has_momentum) {
-      T* buffer = open(tensors.momentum_buffer, at, n, buffer_scratch);
+      T* buffer = open_momentum(tensors, at, n, buffer_scratch);
       if (c.nesterov) {
         update_run<T, true, true>(c, weight, grad, buffer, n);
       } else {
         update_run<T, false, true>(c, weight, grad, buffer, n);
       }
-      close(tensors.momentum_buffer, at, n, buffer);
+      close_momentum(tensors, at, n, buffer);
     } else {
       update_run<T, false, false>(c, weight, grad, nullptr, n);
     }
-    close(tensors.weight, at, n, weight);
+    close_weight(tensors, at, n, weight);
     if (has_low_precision) close(tensors.low_precision, at, n, weight);
   }
 }

@@ -21,6 +21,7 @@ struct Hyperparameters {
   bool decayed_norm = false;  // the ratio divides by |g' + weight_decay * w|
   bool classic_momentum = true;
   bool master_weights = false;  // an fp32 master for each fp16 or bf16 parameter; others have none
+  bool stochastic_rounding = false;  // of fp16 and bf16 parameters; needs master_weights == false
 
   bool operator==(const Hyperparameters&) const = default;
 };
@@ -42,6 +43,7 @@ void for_each_hyperparameter(const Visit& visit) {
   visit("decayed_norm", &Hyperparameters::decayed_norm);
   visit("classic_momentum", &Hyperparameters::classic_momentum);
   visit("master_weights", &Hyperparameters::master_weights);
+  visit("stochastic_rounding", &Hyperparameters::stochastic_rounding);
 }
 
 // Throws the error type that belongs to the first value out of range. The message names `group`, unless that

@@ -77,6 +77,13 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
   FUSED_LARS_OPTION(bool, decayed_norm, values_.decayed_norm);
   FUSED_LARS_OPTION(bool, classic_momentum, values_.classic_momentum);
   FUSED_LARS_OPTION(bool, master_weights, values_.master_weights);
+  FUSED_LARS_OPTION(bool, stochastic_rounding, values_.stochastic_rounding);
+  // The dtype in which momentum is kept: kFloat, kBFloat16 or kHalf; kChar for 8-bit codes with an fp32 scale
+  // for each 128; or empty for the parameter's, or fp32 with a master. fp64 parameters take kFloat and empty.
+  FUSED_LARS_OPTION(std::optional<at::ScalarType>, momentum_dtype, momentum_dtype_);
+  // Seeds the random bits of stochastic rounding, from 0 to 2^31 - 1. Processes that keep copies of the same
+  // parameters need the same seed.
+  FUSED_LARS_OPTION(int64_t, rounding_seed, rounding_seed_);
 
   Hyperparameters hyperparameters() const;
   // Returns these options, with those that were not given taken from `defaults`.
@@ -91,6 +98,8 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
  private:
   Hyperparameters values_;  // its layer_adaptation is not used
   LayerAdaptation layer_adaptation_ = true;
+  std::optional<at::ScalarType> momentum_dtype_;
+  int64_t rounding_seed_ = 0;
   std::set<std::string> given_;
 };
 
@@ -101,6 +110,8 @@ struct FUSED_LARS_API LARSParamState : torch::optim::OptimizerCloneableParamStat
   TORCH_ARG(at::Tensor, momentum_buffer);
   TORCH_ARG(at::Tensor, master_param);  // fp32; for fp16 and bf16 parameters
   TORCH_ARG(at::Tensor, step);          // the updates applied so far; with dampening
+  TORCH_ARG(at::Tensor, momentum_scale);  // fp32, one for each 128 elements of an int8 buffer
+  TORCH_ARG(at::Tensor, rng_state);       // int64 (3); where something is rounded stochastically
 
  public:
   // The parameter's version and address after the last step. A write changes one of them. It is not saved.
@@ -136,8 +147,8 @@ class FUSED_LARS_API LARS : public torch::optim::Optimizer {
 
   void save(torch::serialize::OutputArchive& archive) const override;
   // Loads the state and the options of an optimizer with the same groups. State is moved to the device and
-  // converted to the dtype of its parameter, but fp32 state of an fp16 or bf16 parameter stays fp32. Throws
-  // an Error, and changes nothing, if state does not fit its parameter.
+  // converted to the dtype that the loaded options ask for, but fp32 state of an fp16 or bf16 parameter stays
+  // fp32 if they ask for none. Throws an Error, and changes nothing, if state does not fit its parameter.
   void load(torch::serialize::InputArchive& archive) override;
 
  private:
