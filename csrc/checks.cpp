@@ -321,8 +321,8 @@ void check_and_assemble(const StepLists& lists, Step& step) {
   check_options(step, device);
   constexpr size_t kOptions = 6;  // squared_norms to workspace
   size_t tensors = step.lr_tensors.size() + kOptions;
-  for (const auto& list : {lists.params, lists.grads, lists.momentum_buffers, lists.master_params, lists.steps,
-                           lists.momentum_scales, lists.rng_states}) {
+  for (const auto& list : {lists.params, lists.grads, lists.momentum_buffers, lists.master_params,
+                           lists.steps, lists.momentum_scales, lists.rng_states}) {
     tensors += list.size();
   }
   check_shared_memory(step, tensors);

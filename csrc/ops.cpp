@@ -171,9 +171,9 @@ void step_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
       if (!value.isNone()) *tensor = value.toTensor();
     }
     step.masters_follow = (argument++)->toBool();
-    check_and_assemble({params, grads, momentum_buffers, master_params, steps, momentum_scales, rng_states,
-                        group_sizes},
-                       step);
+    check_and_assemble(
+        {params, grads, momentum_buffers, master_params, steps, momentum_scales, rng_states, group_sizes},
+        step);
     if (!step.tensors.empty()) backend(step);
   }
   torch::jit::drop(*stack, count);

@@ -237,7 +237,8 @@ at::Tensor LARS::step(LossClosure closure) {
   for (size_t index = 0; index < groups.size(); ++index) {
     const auto& options = options_of(param_groups_[index], index);
     for (const auto& param : param_groups_[index].params()) {
-      const StateOptions state_options{options.momentum_dtype(), rng_key(options.rounding_seed(), position++)};
+      const StateOptions state_options{options.momentum_dtype(),
+                                       rng_key(options.rounding_seed(), position++)};
       const auto& grad = param.grad();
       if (!grad.defined()) continue;
       const auto kept = state_.find(param.unsafeGetTensorImpl());

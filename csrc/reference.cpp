@@ -111,7 +111,8 @@ at::Tensor rounded(const StepTensor& tensor, RoundedTensor which, const at::Tens
 }
 
 // What the buffer becomes; with a scale if it is int8.
-EncodedMomentum stored_momentum(const StepTensor& tensor, const Hyperparameters& h, const at::Tensor& values) {
+EncodedMomentum stored_momentum(const StepTensor& tensor, const Hyperparameters& h,
+                                const at::Tensor& values) {
   const auto dtype = tensor.momentum_buffer.scalar_type();
   if (!rounds_momentum_stochastically(h, tensor.weight().scalar_type(), dtype)) return {values, {}};
   if (!tensor.momentum_scale.defined()) {

@@ -43,8 +43,8 @@ struct RandomBits {
 };
 
 // Philox4x32 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). 7 rounds are
-// the fewest that pass all tests of BigCrush (table 2 there); the usual 10 are a margin that rounding does not
-// need.
+// the fewest that pass all tests of BigCrush (table 2 there); the usual 10 are a margin that rounding does
+// not need.
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxMultiplier[2] = {0xd2511f53, 0xcd9e8d57};
 constexpr uint32_t kPhiloxIncrement[2] = {0x9e3779b9, 0xbb67ae85};
@@ -72,7 +72,8 @@ FUSED_LARS_INLINE RandomBits draw_counter(const RngState& rng, RoundedTensor ten
 
 FUSED_LARS_INLINE RandomBits draw_bits(const RngState& rng, RoundedTensor tensor, uint64_t draw) {
   const auto key = static_cast<uint64_t>(rng.key);
-  return philox(draw_counter(rng, tensor, draw), static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
+  return philox(draw_counter(rng, tensor, draw), static_cast<uint32_t>(key),
+                static_cast<uint32_t>(key >> 32));
 }
 
 // ---------------------------------------------------------------- 16 bits
@@ -96,6 +97,11 @@ FUSED_LARS_INLINE uint16_t round_to_bf16(float x, uint32_t random) {
   return static_cast<uint16_t>(is_nan ? 0x7fc0 : (bits + random) >> 16);
 }
 
+// Without a branch, which would keep the compiler from making vectors of a loop.
+FUSED_LARS_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  return no ^ ((yes ^ no) & (0 - static_cast<uint32_t>(condition)));
+}
+
 // 13 of the random bits are used: as many as a normal number loses.
 FUSED_LARS_INLINE uint16_t round_to_f16(float x, uint32_t random) {
   const uint32_t bits = float_to_bits(x);
@@ -104,12 +110,12 @@ FUSED_LARS_INLINE uint16_t round_to_f16(float x, uint32_t random) {
   const uint32_t normal = (magnitude + added - 0x38000000) >> 13;
   // Below 2^-14 the last place is 2^-24.
   const bool is_subnormal = magnitude < 0x38800000;
-  const float units = bits_to_float(is_subnormal ? magnitude : 0) * 0x1p24f;
+  const float units = bits_to_float(select(is_subnormal, magnitude, 0)) * 0x1p24f;
   const auto subnormal = static_cast<uint32_t>(
       static_cast<int32_t>(units + static_cast<float>(static_cast<int32_t>(added)) * 0x1p-13f));
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t special = select(magnitude > 0x7f800000, 0x7e00, 0x7c00);
   const bool is_special = magnitude >= 0x47800000;  // 65536 and more, inf, NaN
-  return static_cast<uint16_t>(sign | (is_special ? special : is_subnormal ? subnormal : normal));
+  return static_cast<uint16_t>(sign | select(is_special, special, select(is_subnormal, subnormal, normal)));
 }
 
 // ---------------------------------------------------------------- 8 bits

@@ -121,8 +121,8 @@ EncodedMomentum encode_vector(const at::Tensor& values, const at::Tensor& random
 }
 
 EncodedMomentum encode_momentum(const at::Tensor& momentum) {
-  FUSED_LARS_CHECK(momentum.is_floating_point(), InvalidTensor, "momentum has dtype ",
-                   momentum.scalar_type(), "; allowed: a floating-point dtype");
+  FUSED_LARS_CHECK(momentum.is_floating_point(), InvalidTensor, "momentum has dtype ", momentum.scalar_type(),
+                   "; allowed: a floating-point dtype");
   const auto encoded = encode_vector(in_memory_order(momentum.to(at::kFloat), momentum), {});
   auto codes = at::empty_like(momentum, momentum.options().dtype(at::kChar));
   codes.copy_(from_memory_order(encoded.codes, momentum));

@@ -53,19 +53,18 @@ bool complete(ParamState& state, const at::Tensor& param, const Hyperparameters&
   };
   const bool had_buffer = state.momentum_buffer.defined();
   // A buffer of a group that had other options before.
-  const bool is_wider = !options.momentum_dtype && had_buffer && state.momentum_buffer.scalar_type() == at::kFloat;
+  const bool is_wider =
+      !options.momentum_dtype && had_buffer && state.momentum_buffer.scalar_type() == at::kFloat;
   if (had_buffer && state.momentum_buffer.scalar_type() != dtype && !is_wider) {
     convert_momentum(state, dtype);
     made = true;
   }
   make(state.momentum_buffer, needs_momentum_buffer(group),
        [&] { return at::zeros_like(param, param.options().dtype(dtype), at::MemoryFormat::Preserve); });
-  make(state.momentum_scale, needs_momentum_scale(state.momentum_buffer), [&] {
-    return at::zeros({scale_blocks(param.numel())}, param.options().dtype(at::kFloat));
-  });
-  make(state.rng_state, needs_rng_state(group, weight_dtype, state.momentum_buffer), [&] {
-    return new_rng_state(options.rng_key, param.device());
-  });
+  make(state.momentum_scale, needs_momentum_scale(state.momentum_buffer),
+       [&] { return at::zeros({scale_blocks(param.numel())}, param.options().dtype(at::kFloat)); });
+  make(state.rng_state, needs_rng_state(group, weight_dtype, state.momentum_buffer),
+       [&] { return new_rng_state(options.rng_key, param.device()); });
   if (master && state.master_param.defined() && (!state.mark || state.mark != mark_of(param))) {
     const auto& old = state.master_param;
     // If these differ, the op refuses the step.
@@ -108,9 +107,7 @@ void StepCalls::run(Workspaces& workspaces) const {
     }
   }
   for (const auto& call : calls_) {
-    const auto step = [&](const StepOptions& options) {
-      step_(call.lists(), groups_, options);
-    };
+    const auto step = [&](const StepOptions& options) { step_(call.lists(), groups_, options); };
     if (!call.device.is_cuda()) {
       step({});
       continue;

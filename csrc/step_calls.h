@@ -54,8 +54,8 @@ class StepCalls {
 
     at::Device device;
     StepLists lists() const {
-      return {params,          grads,      momentum_buffers, master_params, steps,
-              momentum_scales, rng_states, group_sizes};
+      return {params, grads,           momentum_buffers, master_params,
+              steps,  momentum_scales, rng_states,       group_sizes};
     }
 
     std::vector<at::Tensor> params, grads, momentum_buffers, master_params, steps, momentum_scales,

@@ -33,10 +33,11 @@ ElementPointer pointer(const at::Tensor& tensor) {
 }
 
 TensorPointers pointers(const StepTensor& tensor, const Hyperparameters& group) {
-  TensorPointers pointers{.weight = pointer(tensor.weight()),
-                          .grad = pointer(tensor.grad),
-                          .momentum_buffer = pointer(tensor.momentum_buffer),
-                          .low_precision = pointer(tensor.master_param.defined() ? tensor.param : at::Tensor())};
+  TensorPointers pointers{
+      .weight = pointer(tensor.weight()),
+      .grad = pointer(tensor.grad),
+      .momentum_buffer = pointer(tensor.momentum_buffer),
+      .low_precision = pointer(tensor.master_param.defined() ? tensor.param : at::Tensor())};
   if (tensor.momentum_scale.defined()) {
     pointers.momentum_scale = tensor.momentum_scale.mutable_data_ptr<float>();
   }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -149,40 +149,92 @@ FUSED_LARS_INLINE void close(ElementPointer x, int64_t offset, int64_t count, co
 
 // ---------------------------------------------------------------- stochastic rounding
 
-// 16 random bits for each element of a chunk.
+// The product of the low words of each lane.
+FUSED_LARS_INLINE Vector<uint64_t> multiply_words(Vector<uint64_t> x, uint32_t factor) {
+#if defined(__AVX512F__)
+  // With a mask of all lanes: GCC 12 warns of the form without.
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(x), _mm512_set1_epi64(factor)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(x), _mm256_set1_epi64x(factor)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(x), _mm_set1_epi64x(factor)));
+#else
+  return (x & 0xffffffff) * factor;
+#endif
+}
+
+// 16 random bits for each element of a chunk: draw_bits of rounding.h, for several vectors of draws at a
+// time.
 class ChunkRandomBits {
  public:
   void draw(const RngState& rng, RoundedTensor tensor, int64_t offset, int64_t count) {
     const auto first = static_cast<uint64_t>(rng.first_element + offset);
     skipped_ = static_cast<int64_t>(first % kElementsPerDraw);
     const int64_t draws = (skipped_ + count + kElementsPerDraw - 1) / kElementsPerDraw;
-    for (int64_t i = 0; i < draws; i += kDrawsAtOnce) draw_at_once(rng, tensor, first / kElementsPerDraw + i, i);
+    uint64_t halves[2][kMostDraws], by_draw[2 * kMostDraws];
+    for (int64_t i = 0; i < draws; i += kAtOnce) {
+      draw_at_once(rng, tensor, first / kElementsPerDraw + i, halves[0] + i, halves[1] + i);
+    }
+    for (int64_t i = 0; i < draws; ++i) by_draw[2 * i] = halves[0][i], by_draw[2 * i + 1] = halves[1][i];
+    std::memcpy(bits_, by_draw, draws * sizeof(RandomBits));
   }
-  FUSED_LARS_INLINE uint32_t of(int64_t i) const { return bits_[skipped_ + i]; }
+  FUSED_LARS_INLINE const uint16_t* data() const { return bits_ + skipped_; }
 
  private:
-  static constexpr int64_t kDrawsAtOnce = kVectorBytes / sizeof(uint32_t);
+  static constexpr int64_t kLanes = VectorOf<uint64_t>::size;
+  static constexpr int64_t kVectors = 2;  // one alone would wait for the latency of each multiplication
+  static constexpr int64_t kAtOnce = kLanes * kVectors;
+  // One more draw than a chunk has if it begins within a draw, filled up to whole vectors.
+  static constexpr int64_t kMostDraws = kChunk / kElementsPerDraw + kAtOnce;
 
-  // In arrays by word, so that the compiler makes vectors of draws.
-  FUSED_LARS_INLINE void draw_at_once(const RngState& rng, RoundedTensor tensor, uint64_t draw, int64_t i) {
-    RandomBits drawn[kDrawsAtOnce];
-    for (int64_t k = 0; k < kDrawsAtOnce; ++k) drawn[k] = draw_bits(rng, tensor, draw + k);
-    std::memcpy(bits_ + i * kElementsPerDraw, drawn, sizeof(drawn));
+  // Writes the first and the second half of each draw. A lane has a draw of its own, and each of its words is
+  // the low half of a lane; nothing reads the high half.
+  FUSED_LARS_INLINE static void draw_at_once(const RngState& rng, RoundedTensor tensor, uint64_t draw,
+                                             uint64_t* first_half, uint64_t* second_half) {
+    Vector<uint64_t> a[kVectors], b[kVectors], c[kVectors], d[kVectors], zero = {};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) a[v][lane] = static_cast<uint64_t>(v * kLanes + lane);
+      const RandomBits counter = draw_counter(rng, tensor, draw);
+      a[v] += draw;
+      b[v] = a[v] >> 32;
+      c[v] = zero + counter.words[2];
+      d[v] = zero + counter.words[3];
+    }
+    auto key0 = static_cast<uint32_t>(rng.key), key1 = static_cast<uint32_t>(rng.key >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const auto product0 = multiply_words(a[v], kPhiloxMultiplier[0]);
+        const auto product1 = multiply_words(c[v], kPhiloxMultiplier[1]);
+        a[v] = product1 >> 32 ^ b[v] ^ key0;
+        c[v] = product0 >> 32 ^ d[v] ^ key1;
+        b[v] = product1;
+        d[v] = product0;
+      }
+      key0 += kPhiloxIncrement[0];
+      key1 += kPhiloxIncrement[1];
+    }
+    for (int64_t v = 0; v < kVectors; ++v) {
+      store(first_half + v * kLanes, (a[v] & 0xffffffff) | b[v] << 32);
+      store(second_half + v * kLanes, (c[v] & 0xffffffff) | d[v] << 32);
+    }
   }
 
   int64_t skipped_ = 0;
-  // One more draw than a chunk has if it begins within a draw, filled up to whole vectors.
-  uint16_t bits_[kChunk + kDrawsAtOnce * kElementsPerDraw];
+  uint16_t bits_[kElementsPerDraw * kMostDraws];
 };
 
 // Writes fp32 values to `count` elements of fp16 or bf16, from `offset`.
 void close_stochastically(ElementPointer x, int64_t offset, int64_t count, const float* values,
                           const ChunkRandomBits& random) {
-  auto* to = static_cast<uint16_t*>(x.data) + offset;
+  auto* __restrict to = static_cast<uint16_t*>(x.data) + offset;
+  const uint16_t* bits = random.data();
   if (x.element == Element::bf16) {
-    for (int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i], random.of(i));
+    for (int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i], bits[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = round_to_f16(values[i], random.of(i));
+    for (int64_t i = 0; i < count; ++i) to[i] = round_to_f16(values[i], bits[i]);
   }
 }
 
@@ -203,14 +255,15 @@ void open_int8(const TensorPointers& tensors, int64_t offset, int64_t count, flo
 
 void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
                 const ChunkRandomBits& random) {
-  auto* codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
+  auto* __restrict codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
+  const uint16_t* bits = random.data();
   for_blocks(count, [&](int64_t first, int64_t n) {
     int32_t largest = 0;
     for (int64_t i = first; i < first + n; ++i) {
       largest = std::max(largest, static_cast<int32_t>(float_to_bits(values[i]) & 0x7fffffff));
     }
     const BlockScale block = block_scale(static_cast<uint32_t>(largest));
-    for (int64_t i = first; i < first + n; ++i) codes[i] = encode(values[i], block.gain, random.of(i));
+    for (int64_t i = first; i < first + n; ++i) codes[i] = encode(values[i], block.gain, bits[i]);
     tensors.momentum_scale[(offset + first) / kScaleBlock] = block.scale;
   });
 }

@@ -26,10 +26,10 @@ struct SquaredNorms {
 
 // The tensors of one parameter, each a run of the same number of elements.
 struct TensorPointers {
-  ElementPointer weight;           // read and written: the master where there is one
-  ElementPointer grad;             // read
-  ElementPointer momentum_buffer;  // read and written; null without momentum
-  ElementPointer low_precision;    // written: the parameter of a master; null without
+  ElementPointer weight;            // read and written: the master where there is one
+  ElementPointer grad;              // read
+  ElementPointer momentum_buffer;   // read and written; null without momentum
+  ElementPointer low_precision;     // written: the parameter of a master; null without
   float* momentum_scale = nullptr;  // read and written: of an int8 buffer; null without
   RngState rng = {};
   bool rounds_weight_stochastically = false, rounds_momentum_stochastically = false;
@@ -51,8 +51,8 @@ struct TileKernels {
                                       int64_t offset, int64_t count, double weight_scale, double grad_scale);
   ScaledNormTile* scaled_squared_norms_f32;
   ScaledNormTile* scaled_squared_norms_f64;
-  // Apply the rule to `count` elements from `offset`, a multiple of kScaleBlock. fp64 weights take the second,
-  // others the first.
+  // Apply the rule to `count` elements from `offset`, a multiple of kScaleBlock. fp64 weights take the
+  // second, others the first.
   void (*update_f32)(const Coefficients<float>& c, const TensorPointers& tensors, int64_t offset,
                      int64_t count);
   void (*update_f64)(const Coefficients<double>& c, const TensorPointers& tensors, int64_t offset,

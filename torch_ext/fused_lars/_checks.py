@@ -14,10 +14,19 @@ NUMBERS, SWITCHES = argument_names(_CHECK, "FloatType"), argument_names(_CHECK, 
 HYPERPARAMETERS = (*NUMBERS, *SWITCHES)
 
 # Options that a later version added, with the value for runs that were saved before.
-ADDED_OPTIONS = {"decayed_norm": False}
+ADDED_OPTIONS = {
+    "decayed_norm": False,
+    "stochastic_rounding": False,
+    "momentum_dtype": None,
+    "rounding_seed": 0,
+}
 
-# The keys of a parameter's state.
-STATE = ("momentum_buffer", "master_param", "step")
+# The keys of a parameter's state. A state_dict has no momentum_scale: it holds int8 momentum in fp32.
+STATE = ("momentum_buffer", "master_param", "step", "momentum_scale", "rng_state")
+RNG_STATE_SIZE = 3
+
+# The momentum_dtype of 8-bit codes with scales.
+INT8 = "int8"
 
 # Parameters of these dtypes may have fp32 state.
 HALF = (torch.float16, torch.bfloat16)
@@ -27,7 +36,10 @@ FUSED_DEVICES = tuple(
     device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel("fused_lars::step_", key)
 )
 
-_PLAIN = {float, int, bool, str, type(None)}
+_PLAIN = {float, int, bool, str, type(None), torch.dtype}
+
+_MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, INT8)
+_MOST_SEED = 2**31 - 1
 
 _FUSED_DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -54,14 +66,31 @@ def check_group(group, index: int | None = None) -> None:
         if name != "layer_adaptation" and not isinstance(values[name], bool):
             raise ValueError(f"{name}{where} is {values[name]!r}; allowed: True, False")
     check_hyperparameters({**values, "layer_adaptation": bool(values["layer_adaptation"])}, index)
+    _check_rounding(group, where)
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
 
 
+def _check_rounding(group, where: str) -> None:
+    dtype, seed = group["momentum_dtype"], group["rounding_seed"]
+    if dtype not in _MOMENTUM_DTYPES:
+        raise ValueError(
+            f"momentum_dtype{where} is {dtype!r}; allowed: {', '.join(map(repr, _MOMENTUM_DTYPES))}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MOST_SEED:
+        raise ValueError(f"rounding_seed{where} is {seed!r}; allowed: an int from 0 to 2**31 - 1")
+    rounds = group["stochastic_rounding"] or dtype not in (None, torch.float32)
+    if group["differentiable"] and rounds:
+        raise ValueError(
+            f"differentiable{where} is True, and autograd cannot follow a rounding; allowed: without "
+            "stochastic_rounding, and with momentum_dtype None or torch.float32"
+        )
+
+
 def are_plain(options) -> bool:
-    """Whether all values are numbers, bools, strings or None, which cannot change in place.
+    """Whether all values are numbers, bools, strings, dtypes or None, which cannot change in place.
 
     Any other value is an lr tensor, or a mistake that the checks of a step refuse.
     """
@@ -103,7 +132,23 @@ def _in_group(group: int | None) -> str:
     return "" if group is None else f" in group {group}"
 
 
-def check_params(params, fused) -> None:
+def check_momentum_dtype(param: Tensor, dtype, name: str) -> None:
+    """Checks that a parameter's momentum can have a dtype: what momentum_dtypes of csrc/step.h allows."""
+    if dtype in (None, torch.float32):
+        return
+    allowed: list = [param.dtype, torch.float32, INT8]
+    if param.dtype == torch.float32:
+        allowed = [torch.float32, torch.bfloat16, torch.float16, INT8]
+    elif param.dtype not in HALF:
+        allowed = [torch.float32]
+    if dtype not in allowed:
+        raise ValueError(
+            f"momentum_dtype is {dtype!r} for {name} of {param.dtype}; allowed there: None, "
+            f"{', '.join(map(repr, allowed))}"
+        )
+
+
+def check_params(params, fused, momentum_dtype=None) -> None:
     """Checks the parameters of a group, given alone or in pairs of a name and a parameter."""
     for index, param in enumerate(params):
         if isinstance(param, tuple):
@@ -112,6 +157,7 @@ def check_params(params, fused) -> None:
             continue  # the base class raises the error
         if param.layout != torch.strided:
             raise ValueError(f"parameter {index} has layout {param.layout}; allowed: torch.strided")
+        check_momentum_dtype(param, momentum_dtype, f"parameter {index}")
         if not fused:
             continue
         if param.dtype not in _FUSED_DTYPES:

@@ -35,10 +35,12 @@ class TensorLists(NamedTuple):
     momentum_buffers: list[Tensor]
     master_params: list[Tensor]
     steps: list[Tensor]
+    momentum_scales: list[Tensor]
+    rng_states: list[Tensor]
 
 
 def empty_lists() -> TensorLists:
-    return TensorLists([], [], [], [], [])
+    return TensorLists(*([] for _ in TensorLists._fields))
 
 
 class OpCall:

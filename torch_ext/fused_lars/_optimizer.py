@@ -14,7 +14,7 @@ from ._masters import take_over
 from ._op_call import uses_ordinary_operators
 from ._records import LayerNorms
 from ._replaced import SeenParams
-from ._state_dict import check_state_dict, implementations, restore
+from ._state_dict import check_state_dict, decode, implementations, restore
 from ._step_inputs import StepInputs
 from ._stepper import Stepper
 from ._torch_internals import (
@@ -87,6 +87,17 @@ class LARS(Optimizer):
             is written into the parameter between steps (a clamp, loaded weights), the copy takes the elements
             that it no longer rounds to. ``param.data.copy_(...)`` and other writes through ``.data`` are not
             noticed: write under ``torch.no_grad()``. Default: False.
+        momentum_dtype (torch.dtype or "int8", optional): the dtype in which momentum is kept: torch.float32,
+            torch.bfloat16 or torch.float16 for fp32 parameters and masters; the parameter's own or
+            torch.float32 for other fp16 and bf16 parameters; "int8" for all of these: 8-bit codes with an fp32
+            scale for each 128 elements. A buffer that is narrower than its weight is rounded stochastically.
+            fp64 parameters take torch.float32 alone. None keeps the parameter's dtype, or fp32 with a master.
+            Default: None.
+        stochastic_rounding (bool): round fp16 and bf16 parameters, and momentum of their dtype, up or down at
+            random, so that updates smaller than half a unit in the last place are not lost. For parameters
+            without ``master_weights``. Default: False.
+        rounding_seed (int): seeds the random bits of stochastic rounding, from 0 to 2**31 - 1. Copies of the
+            same parameters in other processes need the same seed. Default: 0.
         foreach (bool, optional): True computes with ordinary torch operators instead of the fused kernels.
         capturable (bool): allow ``step()`` in a CUDA graph capture. Default: False.
         differentiable (bool): let autograd follow ``step()``, with ordinary torch operators. Default: False.
@@ -104,9 +115,12 @@ class LARS(Optimizer):
             or ``differentiable``. For a parameter on meta, only :meth:`step` raises it, because the parameter
             usually gets its memory before that.
 
-    State of a parameter: ``momentum_buffer`` (the parameter's shape and dtype, or fp32 with a master),
-    ``master_param`` (fp32) and, with dampening, ``step`` (the number of updates applied, one fp32 element). A
-    loaded fp32 buffer of an fp16 or bf16 parameter stays fp32. NaN or inf in a gradient reaches the weights,
+    State of a parameter: ``momentum_buffer`` (the parameter's shape, of the dtype that ``momentum_dtype``
+    says), ``master_param`` (fp32) and, with dampening, ``step`` (the number of updates applied, one fp32
+    element). With stochastic rounding also ``rng_state``, an int64 vector: a key made of ``rounding_seed`` and
+    the parameter's place, the number of updates applied, and the index of the first element (not 0 in a
+    shard). With int8 momentum also ``momentum_scale`` (fp32, one for each 128 elements in the order of
+    memory). A loaded fp32 buffer of an fp16 or bf16 parameter stays fp32 if ``momentum_dtype`` is None. NaN or inf in a gradient reaches the weights,
     as in ``torch.optim.SGD``. A NaN gives the rest of its layer a trust ratio of 1. If a ``GradScaler`` has
     found the NaN or inf, the step changes nothing.
 
@@ -136,6 +150,9 @@ class LARS(Optimizer):
         layer_adaptation: bool | Literal["decayed"] = True,
         classic_momentum: bool = True,
         master_weights: bool = False,
+        momentum_dtype: torch.dtype | Literal["int8"] | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
@@ -155,6 +172,9 @@ class LARS(Optimizer):
             "layer_adaptation": layer_adaptation,
             "classic_momentum": classic_momentum,
             "master_weights": master_weights,
+            "momentum_dtype": momentum_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
@@ -211,7 +231,7 @@ class LARS(Optimizer):
             check_group(group)
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
-            check_params(params, fused=group["fused"])
+            check_params(params, group["fused"], group["momentum_dtype"])
         super().add_param_group(param_group)
         try:
             self._look_at_params(len(self.param_groups) - 1)
@@ -241,24 +261,40 @@ class LARS(Optimizer):
             return False
         return not any(is_dtensor_like(p) for group in self.param_groups for p in group["params"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in torch's format, which :meth:`load_state_dict` loads.
+
+        int8 momentum is in it as fp32, without scales. So it fits parameters of any memory format and any
+        sharding, and a run that loads it goes on with the same bits.
+        """
+        # A hook, so that a user's own hooks see the same as they would without it.
+        handle = self.register_state_dict_post_hook(decode, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of LARS, in torch's format.
 
-        Hyperparameters become those of the saved run. ``foreach``, ``capturable``, ``differentiable`` and
-        ``fused`` stay those of this optimizer. fp32 state of fp16 and bf16 parameters stays fp32, bit by bit.
+        Hyperparameters become those of the saved run. ``foreach``, ``capturable``, ``differentiable``,
+        ``fused``, ``momentum_dtype`` and ``stochastic_rounding`` stay those of this optimizer. Momentum is
+        converted to the dtype that this optimizer keeps; fp32 state of fp16 and bf16 parameters stays fp32,
+        bit by bit, if ``momentum_dtype`` is None.
 
         Raises:
             ValueError: the state comes from another optimizer, or does not fit the parameters. Nothing has
                 changed then.
         """
-        loaded, own = {}, implementations(self.param_groups)
+        loaded: dict[str, Any] = {}
+        own = implementations(self.param_groups)
 
         # These are hooks, so that a user's own hooks see the same as they would without them.
         def before(_, state_dict) -> None:
             loaded.update(state_dict)
             sharding = _sharding_module()
             check_sharding = sharding and sharding.check_sharding
-            check_state_dict(state_dict, self.defaults, self.param_groups, self.state, check_sharding)
+            check_state_dict(state_dict, self.defaults, self.param_groups, own, self.state, check_sharding)
 
         def after(_) -> None:
             restore(loaded, own, self.param_groups, self.state)
@@ -325,8 +361,8 @@ class LARS(Optimizer):
             call.run(grad_scale, found_inf, None, None)
 
     # torch.compile does not trace a method of this name. It runs it as it is.
-    def _init_group(self, group, params, grads, momentum_buffers, master_params, steps) -> None:
-        append_group(group, self.state, params, grads, momentum_buffers, master_params, steps)
+    def _init_group(self, group, *lists) -> None:
+        append_group(group, self.param_groups, self.state, *lists)
 
     # Not traced, because a single op has nothing to be fused with. A trace would check every parameter in
     # every step, and each new value of an option would compile it again.

@@ -11,9 +11,9 @@ from ._op_call import OpCall, get_hyperparameters, hyperparameter_lists, on_devi
 from ._records import Record
 from ._same import SameParams, SameState
 
-_WAY_TO_COMPUTE = ("foreach", "differentiable", "fused")
-_get_options = itemgetter(*HYPERPARAMETERS, *_WAY_TO_COMPUTE)
-_get_needs = itemgetter("momentum", "dampening", "master_weights", *_WAY_TO_COMPUTE)
+_WAY_OF_STEP = ("foreach", "differentiable", "fused", "momentum_dtype")
+_get_options = itemgetter(*HYPERPARAMETERS, *_WAY_OF_STEP)
+_get_needs = itemgetter("momentum", "dampening", "master_weights", "stochastic_rounding", *_WAY_OF_STEP)
 
 
 class PreparedStep:

@@ -6,30 +6,55 @@ import numbers
 import torch
 from torch import Tensor
 
-from ._checks import HALF, STATE, check_group
+from ._checks import HALF, RNG_STATE_SIZE, STATE, check_group
+from ._momentum import decoded_momentum, first_element, momentum_dtype, store_momentum
 
-# How a process computes a step. A checkpoint of another process does not change it.
-_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+# How a process computes a step and stores state. A checkpoint of another process does not change it.
+_IMPLEMENTATION = (
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "momentum_dtype",
+    "stochastic_rounding",
+)
 
 
 def implementations(param_groups) -> list[dict]:
     return [{name: group[name] for name in _IMPLEMENTATION} for group in param_groups]
 
 
+def decode(_, state_dict) -> None:
+    """Puts fp32 momentum in the place of int8 codes and their scales. A hook after state_dict()."""
+    state = state_dict["state"]
+    for saved_id, values in state.items():
+        if "momentum_scale" in values:
+            others = {key: value for key, value in values.items() if key != "momentum_scale"}
+            state[saved_id] = {**others, "momentum_buffer": decoded_momentum(values)}
+
+
 def restore(state_dict, implementations, param_groups, state) -> None:
     """Completes `state` and `param_groups`, which the base class has made from `state_dict`."""
     for group, implementation in zip(param_groups, implementations):
         group.update(implementation)
-    # The base class has cast floating-point state to the parameter's dtype.
+    groups = {p: group for group in param_groups for p in group["params"]}
+    # The base class has cast state to the parameter's dtype.
     for saved_id, param in _saved_ids(state_dict, param_groups):
         for key, value in state_dict["state"].get(saved_id, {}).items():
+            own = state[param]
             if key in STATE and value is None:
-                del state[param][key]
+                del own[key]
             elif key == "step":
-                state[param][key] = torch.as_tensor(value).to(param.device, torch.float32)
+                own[key] = torch.as_tensor(value).to(param.device, torch.float32)
+            elif key == "rng_state":
+                own[key] = value.to(param.device, copy=True)
+                own[key][-1] = first_element(param)  # the sharding may be another one
+            elif key == "momentum_buffer":
+                dtype = momentum_dtype(groups[param], param, value)
+                store_momentum(own, value.to(param.device), param, dtype)
             elif isinstance(value, Tensor):
                 exact = value.dtype == torch.float32 and param.dtype in HALF
-                state[param][key] = value.to(param.device, value.dtype if exact else param.dtype)
+                own[key] = value.to(param.device, value.dtype if exact else param.dtype)
 
 
 def check_has_state(state_dict) -> None:
@@ -38,8 +63,8 @@ def check_has_state(state_dict) -> None:
         raise ValueError(f"this is not a state_dict: it has no {sorted(missing)}, only {sorted(state_dict)}")
 
 
-def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) -> None:
-    """Checks a state_dict before it replaces `param_groups` and `state`.
+def check_state_dict(state_dict, defaults, param_groups, implementations, state, check_sharding) -> None:
+    """Checks a state_dict before it replaces `param_groups` and `state`, except for `implementations`.
 
     `check_sharding` is the function of _sharded.sharding, or None if there can be no DTensors.
     """
@@ -50,26 +75,28 @@ def check_state_dict(state_dict, defaults, param_groups, state, check_sharding) 
                 f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
                 f"only {sorted(k for k in group if k != 'params')}"
             )
-        check_group({**defaults, **group, **dict.fromkeys(_IMPLEMENTATION)}, index)
+        own = implementations[index] if index < len(implementations) else {}
+        check_group({**defaults, **group, **own}, index)
     saved, own = (
         [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)
     )
     if saved != own:
         return  # the base class raises the error
     # A wrapper, such as a Lookahead, may load again what it has put beside our state.
-    known = {*STATE, *(key for values in state.values() for key in values)}
+    saved_keys = [key for key in STATE if key != "momentum_scale"]
+    known = {*saved_keys, *(key for values in state.values() for key in values if key != "momentum_scale")}
     for saved_id, param in _saved_ids(state_dict, param_groups):
         values = state_dict["state"].get(saved_id, {})
         if unknown := [key for key in values if key not in known]:
             raise ValueError(
-                f"parameter {saved_id} in the state_dict has the state {unknown}; allowed: {list(STATE)}. "
+                f"parameter {saved_id} in the state_dict has the state {unknown}; allowed: {saved_keys}. "
                 "fused_lars.convert_state_dict takes over the state of other optimizers"
             )
         for key, value in values.items():
             # None stands for state that is missing, as in older states of torch's SGD.
             if key in STATE and value is not None:
                 _check_state(saved_id, key, value, param)
-                if check_sharding and key != "step":
+                if check_sharding and key not in ("step", "rng_state"):
                     check_sharding(saved_id, key, value, param)
 
 
@@ -87,7 +114,14 @@ def _check_state(saved_id, key: str, value, param: Tensor) -> None:
         return
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is {value!r}; expected a Tensor{' or a number' * (key == 'step')}")
-    shape = () if key == "step" else param.shape
+    shapes = {"step": ((), "no dimensions"), "rng_state": ((RNG_STATE_SIZE,), f"({RNG_STATE_SIZE},)")}
+    of_param = (param.shape, f"the shape of the parameter, {tuple(param.shape)}")
+    shape, of_what = shapes.get(key, of_param)
     if value.shape != shape:
-        of_what = "no dimensions" if key == "step" else f"the shape of the parameter, {tuple(shape)}"
         raise ValueError(f"{where} has shape {tuple(value.shape)}; expected {of_what}")
+    if key == "rng_state" and value.dtype != torch.int64:
+        raise ValueError(f"{where} has dtype {value.dtype}; expected torch.int64")
+    if key == "momentum_buffer" and not value.is_floating_point():
+        raise ValueError(
+            f"{where} has dtype {value.dtype}; expected a floating-point dtype, also for int8 momentum"
+        )

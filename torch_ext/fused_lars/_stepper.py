@@ -37,7 +37,8 @@ class Stepper:
         """Gathers a step and makes it. `sharding` is a Sharding if there are DTensors, else None."""
         if sharding is None:
             calls = gather_calls(
-                inputs.param_groups, lambda group, *lists: append_group(group, inputs.state, *lists)
+                inputs.param_groups,
+                lambda group, *lists: append_group(group, inputs.param_groups, inputs.state, *lists),
             )
         else:
             sharding.look_at(inputs)

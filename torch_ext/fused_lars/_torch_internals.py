@@ -61,6 +61,13 @@ def local_of(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def first_row(dtensor) -> int:
+    """The index in the whole tensor of the first row of a DTensor's local one. Public: none."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)[1][0]
+
+
 def is_under_dispatch_mode() -> bool:
     """Whether a TorchDispatchMode, such as a trace with fake tensors, sees all operators. Public: none."""
     return torch._C._len_torch_dispatch_stack() > 0

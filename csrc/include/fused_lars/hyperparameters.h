@@ -20,7 +20,7 @@ struct Hyperparameters {
   bool layer_adaptation = true;
   bool decayed_norm = false;  // the ratio divides by |g' + weight_decay * w|
   bool classic_momentum = true;
-  bool master_weights = false;  // an fp32 master for each fp16 or bf16 parameter; others have none
+  bool master_weights = false;       // an fp32 master for each fp16 or bf16 parameter; others have none
   bool stochastic_rounding = false;  // of fp16 and bf16 parameters; needs master_weights == false
 
   bool operator==(const Hyperparameters&) const = default;

@@ -28,7 +28,8 @@ struct StepOptions {
 // The tensors of a step. The first group_sizes[0] parameters belong to groups[0], the next group_sizes[1] to
 // groups[1], and so on. Each of the state lists holds a tensor for exactly the parameters that need one, in
 // order:
-//   momentum_buffers  where the group has momentum > 0: of the parameter's dtype or fp32; of an fp32 parameter
+//   momentum_buffers  where the group has momentum > 0: of the parameter's dtype or fp32; of an fp32
+//   parameter
 //                     also bf16 or fp16; of all but an fp64 parameter also int8
 //   master_params     where the group has master_weights and the parameter is fp16 or bf16: fp32
 //   steps             where the group has momentum > 0 and dampening > 0: one fp32 element, at first 0
@@ -39,7 +40,7 @@ struct StepOptions {
 //                     vector of three: key, updates applied so far, index of the tensor's first element
 struct StepLists {
   at::TensorList params, grads, momentum_buffers = {}, master_params = {}, steps = {}, momentum_scales = {},
-                                                   rng_states = {};
+                                rng_states = {};
   at::IntArrayRef group_sizes = {};
 };
 

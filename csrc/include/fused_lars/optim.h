@@ -108,8 +108,8 @@ struct FUSED_LARS_API LARSOptions : torch::optim::OptimizerCloneableOptions<LARS
 // What LARS keeps for a parameter. A tensor that the parameter's group does not need is undefined.
 struct FUSED_LARS_API LARSParamState : torch::optim::OptimizerCloneableParamState<LARSParamState> {
   TORCH_ARG(at::Tensor, momentum_buffer);
-  TORCH_ARG(at::Tensor, master_param);  // fp32; for fp16 and bf16 parameters
-  TORCH_ARG(at::Tensor, step);          // the updates applied so far; with dampening
+  TORCH_ARG(at::Tensor, master_param);    // fp32; for fp16 and bf16 parameters
+  TORCH_ARG(at::Tensor, step);            // the updates applied so far; with dampening
   TORCH_ARG(at::Tensor, momentum_scale);  // fp32, one for each 128 elements of an int8 buffer
   TORCH_ARG(at::Tensor, rng_state);       // int64 (3); where something is rounded stochastically
 

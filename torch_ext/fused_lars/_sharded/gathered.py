@@ -50,10 +50,10 @@ class Gathered:
                 "whose norms autograd cannot follow from rank to rank; allowed: fused, foreach"
             )
         lists = empty_lists()
-        append_group({**group, "params": params}, inputs.state, *lists)
+        append_group({**group, "params": params}, inputs.param_groups, inputs.state, *lists)
         local = lists
         if rank_set.is_dtensor:
-            local = TensorLists._make([*([*map(get_local, tensors)] for tensors in lists[:4]), lists.steps])
+            local = TensorLists._make([*([*map(get_local, tensors)] for tensors in lists[:4]), *lists[4:]])
             if replaced:
                 local.grads[:] = [replaced.get(p, grad) for p, grad in zip(lists.params, local.grads)]
         call = self.calls[(device, *way_to_compute(group, index, device))]

@@ -5,15 +5,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .._names import parameter_name
-from .._torch_internals import get_local, get_spec
+from .._torch_internals import first_row, get_local, get_spec
 
 
 def is_placed_as(got, spec) -> bool:
     """Whether two specs have the same mesh and placements."""
     return got is spec or (got.mesh is spec.mesh and got.placements == spec.placements)
+
+
+def first_element_of_shard(param: DTensor) -> int:
+    """The index that a shard's first element has for stochastic rounding.
+
+    In a shard of rows it is the index in the whole tensor. So the whole tensor gets the same random bits from
+    any number of ranks. A shard of another kind is not a run of elements of the whole, and gets a range of
+    indices that no other shard has. Ranks with the same shard have the same index.
+    """
+    mesh, numel = param.device_mesh, param.numel()
+    coordinate = mesh.get_coordinate()
+    sharded = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    if coordinate is None or not sharded:
+        return 0
+    if all(type(param.placements[i]) is Shard and param.placements[i].dim == 0 for i in sharded):
+        return first_row(param) * (numel // param.shape[0] if param.shape[0] else 0)
+    number = 1
+    for i in sharded:
+        number = number * mesh.size(i) + coordinate[i]
+    return number * numel
+
+
+def sharded_like(local: Tensor, param: DTensor) -> DTensor:
+    """Makes a DTensor of local tensors that is sharded as a parameter is."""
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
 
 
 def replaced_grads(params: list[DTensor], param_groups) -> dict[DTensor, Tensor]:
