@@ -36,7 +36,7 @@ from report_files import write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKLOADS = ("ResNet-50", "ViT-B/16", "400 small tensors")
-TYPES = ("fp32", "bf16", "masters")
+TYPES = ("fp32", "bf16", "masters", "momentum", "stochastic")
 OPTIMIZERS = ("fused_lars", "torch SGD fused", "torch SGD foreach", "timm", "timm foreach", "apex")
 # Tests of the step itself come first, because the rest may be cut short.
 TESTS = sorted(

@@ -6,8 +6,10 @@
 The floor is the time to move 20 bytes per parameter: read the fp32 weight, gradient and momentum, and write
 two of them. It is computed from the bandwidth of `x.add_(y)`, which moves 12 bytes per element. That is timed
 in the same rounds, on tensors larger than the caches. --types chooses other types: parameters, gradients and
-momentum in bf16 (10 bytes), or bf16 parameters and gradients with an fp32 master and momentum (20 bytes),
-which only fused_lars has.
+momentum in bf16 (10 bytes), or what only fused_lars has: bf16 parameters and gradients with an fp32 master
+and momentum (20 bytes); fp32 parameters with momentum in fewer bits ("momentum"); bf16 parameters that are
+rounded stochastically ("stochastic"). The last two have several optimizers that move different numbers of
+bytes, and one floor for all.
 
 In a round every optimizer makes one step on the same parameters, in an order that changes from round to
 round. Before each step the gradients are written again, as by a backward pass. The printed figure is the
@@ -38,7 +40,13 @@ import fused_lars
 
 ADD_BYTES, COPY_BYTES = 12, 8
 # The dtype of parameters and gradients, and the bytes per parameter that a step must move.
-TYPES = {"fp32": (torch.float32, 20), "bf16": (torch.bfloat16, 10), "masters": (torch.bfloat16, 20)}
+TYPES = {
+    "fp32": (torch.float32, 20),
+    "bf16": (torch.bfloat16, 10),
+    "masters": (torch.bfloat16, 20),
+    "momentum": (torch.float32, 20),
+    "stochastic": (torch.bfloat16, 10),
+}
 ADD, COPY = "x.add_(y)", "x.copy_(y)"
 # A rate so small that thousands of steps with the same gradients leave the weights as they are.
 OPTIONS = {"lr": 1e-6, "momentum": 0.9}
@@ -108,10 +116,35 @@ ONE_GROUP_OR_MANY = {
     ),
 }
 
-MASTERS = {
-    "fused_lars": lambda params: fused_lars.LARS(
-        two_groups(params), capturable=True, master_weights=True, **OPTIONS
-    )
+
+def low_precision(**options):
+    return lambda params: fused_lars.LARS(two_groups(params), capturable=True, **options, **OPTIONS)
+
+
+def torch_sgd_in_two_groups(params):
+    return torch.optim.SGD(two_groups(params), fused=True, **OPTIONS)
+
+
+# By type: what takes the place of fused_lars and its peers.
+LOW_PRECISION = {
+    "masters": {
+        "fused_lars": low_precision(master_weights=True),
+        "fused_lars, bf16 momentum": low_precision(master_weights=True, momentum_dtype=torch.bfloat16),
+        "fused_lars, int8 momentum": low_precision(master_weights=True, momentum_dtype="int8"),
+    },
+    "momentum": {
+        "fused_lars": low_precision(),
+        "fused_lars, bf16 momentum": low_precision(momentum_dtype=torch.bfloat16),
+        "fused_lars, fp16 momentum": low_precision(momentum_dtype=torch.float16),
+        "fused_lars, int8 momentum": low_precision(momentum_dtype="int8"),
+        "torch SGD fused": torch_sgd_in_two_groups,
+    },
+    "stochastic": {
+        "fused_lars, to nearest": low_precision(),
+        "fused_lars": low_precision(stochastic_rounding=True),
+        "fused_lars, int8 momentum": low_precision(stochastic_rounding=True, momentum_dtype="int8"),
+        "torch SGD fused": torch_sgd_in_two_groups,
+    },
 }
 
 # By name: shapes, and what to time. None stands for fused_lars and its peers.
@@ -213,8 +246,8 @@ def run(workload, types, options):
     shapes, makers = WORKLOADS[workload]
     dtype, step_bytes = TYPES[types]
     left_out = []
-    if types == "masters":
-        makers = MASTERS
+    if types in LOW_PRECISION:
+        makers = LOW_PRECISION[types]
     elif makers is None:
         makers, left_out = find_peers(options.optimizers)
     probe_elements = 2**22 if options.quick else 2**26

@@ -32,14 +32,19 @@ constexpr int64_t kRngStateSize = sizeof(RngState) / sizeof(int64_t);
 // Two tensors of a parameter may be rounded in one update. Each has random bits of its own.
 enum class RoundedTensor : uint32_t { momentum_buffer, weight };
 
-// The random bits of this many neighbouring elements come from one call of the generator, 16 for each.
-constexpr int kElementsPerDraw = 8;
+// The random bits of this many neighbouring elements come from one call of the generator, 16 for each. The
+// second half of the elements takes the complement of what the first half takes. That is as random for each
+// element, costs half as much, and lets the errors of the two cancel a little (antithetic variates).
+constexpr int kElementsPerDraw = 16;
 
 struct RandomBits {
   uint32_t words[4];
 
   // Of the i-th element of the draw.
-  FUSED_LARS_INLINE uint32_t of(int i) const { return words[i / 2] >> (i % 2 * 16) & 0xffff; }
+  FUSED_LARS_INLINE uint32_t of(int i) const {
+    const uint32_t word = i < kElementsPerDraw / 2 ? words[i / 2] : ~words[i / 2 - 4];
+    return word >> (i % 2 * 16) & 0xffff;
+  }
 };
 
 // Philox4x32 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). 7 rounds are
@@ -121,7 +126,7 @@ FUSED_LARS_INLINE uint16_t round_to_f16(float x, uint32_t random) {
 // ---------------------------------------------------------------- 8 bits
 
 // A momentum buffer of int8 holds codes from -127 to 127. Blocks of this many elements, in the order of
-// memory, share an fp32 scale, and an element is code * scale. The last block of a tensor may be shorter.
+// memory, share an fp32 scale: the largest magnitude of the block. The last block of a tensor may be shorter.
 constexpr int kScaleBlock = 128;
 
 template <typename Int>
@@ -129,35 +134,50 @@ Int scale_blocks(const Int& numel) {
   return (numel + (kScaleBlock - 1)) / kScaleBlock;
 }
 
-// How a block is encoded. `gain` is 0 if the block has inf or NaN.
+// An element is (code / 127)^2 * scale, with the sign of the code. Steps are finer for small elements, so one
+// large element of a block costs the others less than in a linear code; docs/low_precision.md has figures.
+constexpr int kMostCode = 127;
+constexpr float kMostSquare = kMostCode * kMostCode;
+
+// How a block is encoded. `gain` is kMostSquare / scale, or 0 if the block has inf or NaN.
 struct BlockScale {
   float scale;
-  float gain;  // multiplies an element; the result is rounded to its code
+  float gain;
 };
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLeastScale = 0x1p-112f;  // of a smaller one, the gain is not finite
 
 // From the largest magnitude of a block, as bits: comparing these as integers orders inf and NaN above all
 // numbers.
-//
-// The scale has 17 significant bits, so that 127 * scale is exact. Therefore a block that was decoded and is
-// encoded again to nearest gets the same codes and the same scale.
 FUSED_LARS_INLINE BlockScale block_scale(uint32_t largest_bits) {
   // A number times NaN is NaN, so the whole block decodes to NaN.
   if (largest_bits >= 0x7f800000) return {kNaN, 0.0f};
   const float largest = bits_to_float(largest_bits);
-  if (largest < 0x1p-119f) return {0x1p-126f, 0x1p126f};  // beyond these, scale or gain is not normal
-  return {bits_to_float((float_to_bits(largest / 127.0f) + 0x40) & ~0x7fu), 127.0f / largest};
+  const float scale = largest < kLeastScale ? kLeastScale : largest;
+  return {scale, kMostSquare / scale};
 }
 
-// The code of an element. `random` has 16 bits. The 12 that are used leave a margin for the rounding of the
-// product, so that an element that is code * scale keeps its code.
+// The code of an element: that of the next smaller magnitude, or one more with the probability that makes the
+// mean right. `random` has 16 bits, and 0x8000 chooses the nearer code. 12 of them are used. That leaves a
+// margin for rounding, so that what decode() returned keeps its code.
 FUSED_LARS_INLINE int8_t encode(float x, float gain, uint32_t random) {
-  const float product = gain > 0.0f ? x * gain : 0.0f;
-  const float added = static_cast<float>(static_cast<int32_t>(random >> 4)) * 0x1p-12f + (128.0f + 0x1p-13f);
-  return static_cast<int8_t>(static_cast<int32_t>(product + added) - 128);  // a floor
+  const uint32_t bits = float_to_bits(x);
+  // A comparison of bits, since x may be NaN, which must not become an integer.
+  const float magnitude = bits_to_float(select(gain > 0.0f, bits & 0x7fffffff, 0));
+  const float square = magnitude * gain;
+  const auto code = static_cast<int32_t>(sqrtf(square));
+  const auto root = static_cast<float>(code);
+  const float draw = static_cast<float>(static_cast<int32_t>(random >> 4)) * 0x1p-12f + 0x1p-13f;
+  const int32_t rounded = code + static_cast<int32_t>(square - root * root > draw * (root + root + 1.0f));
+  const auto sign = -static_cast<int32_t>(bits >> 31);
+  return static_cast<int8_t>((rounded ^ sign) - sign);
 }
 
-FUSED_LARS_INLINE float decode(int8_t code, float scale) { return static_cast<float>(code) * scale; }
+// The factor is rounded, and kMostSquare times it is exactly 1. So the largest element is exact.
+FUSED_LARS_INLINE float decode(int8_t code, float scale) {
+  const int32_t magnitude = code < 0 ? -code : code;
+  return static_cast<float>(code * magnitude) * (1.0f / kMostSquare) * scale;
+}
 
 }  // namespace fused_lars

@@ -57,8 +57,8 @@ at::Tensor round_to_f16(const at::Tensor& values, const at::Tensor& random) {
 
 at::Tensor random_bits(const at::Tensor& rng_state, RoundedTensor tensor, const c10::SymInt& numel) {
   const auto key = rng_state.select(0, 0), update = rng_state.select(0, 1), first = rng_state.select(0, 2);
-  const auto draws = at::arange(numel / kElementsPerDraw + 2, rng_state.options()) + right_shift(first, 3);
-  static_assert(kElementsPerDraw == 8);
+  const auto draws = at::arange(numel / kElementsPerDraw + 2, rng_state.options()) + right_shift(first, 4);
+  static_assert(kElementsPerDraw == 16);
   auto a = draws & 0xffffffff, b = right_shift(draws, 32), c = (update & 0xffffffff).expand_as(draws),
        d = at::full_like(draws, static_cast<int64_t>(tensor));
   auto key0 = key & 0xffffffff, key1 = right_shift(key, 32) & 0xffffffff;
@@ -72,8 +72,10 @@ at::Tensor random_bits(const at::Tensor& rng_state, RoundedTensor tensor, const 
     key1 = (key1 + static_cast<int64_t>(kPhiloxIncrement[1])) & 0xffffffff;
   }
   const auto words = at::stack({a, b, c, d}, 1);
-  const auto bits = at::stack({words & 0xffff, right_shift(words, 16)}, 2).reshape(-1);
-  return bits.index_select(0, at::arange(numel, rng_state.options()) + (first & 7)).to(at::kInt);
+  const auto half = at::stack({words & 0xffff, right_shift(words, 16)}, 2).reshape({-1, kElementsPerDraw / 2});
+  const auto bits = at::cat({half, half ^ 0xffff}, 1).reshape(-1);
+  return bits.index_select(0, at::arange(numel, rng_state.options()) + (first & (kElementsPerDraw - 1)))
+      .to(at::kInt);
 }
 
 at::Tensor in_memory_order(const at::Tensor& values, const at::Tensor& like) {
@@ -104,20 +106,17 @@ EncodedMomentum encode_vector(const at::Tensor& values, const at::Tensor& random
   };
   const auto of_blocks = in_blocks(values);
   const auto bits = (as_bits(of_blocks) & 0x7fffffff).amax(1);
-  const auto is_finite = bits < 0x7f800000, is_small = as_float(bits) < 0x1p-119;
+  const auto is_finite = bits < 0x7f800000;
+  const auto scale = at::where(is_finite, as_float(bits), 1.0).to(at::kFloat).clamp_min(kLeastScale);
   // Not divided by a Scalar: on CUDA that is a multiplication by its reciprocal.
-  const auto most = at::full_like(as_float(bits), 127.0);
-  const auto largest = at::where(is_finite.logical_and(is_small.logical_not()), as_float(bits), most);
-  auto scale = as_float((as_bits(largest / most) + 0x40) & ~0x7f);
-  auto gain = most / largest;
-  scale = at::where(is_finite, at::where(is_small, 0x1p-126, scale), kNaN);
-  gain = at::where(is_small, 0x1p126, gain).unsqueeze(1);
-  const auto product = at::where(is_finite.unsqueeze(1), of_blocks * gain, 0.0);
-  const auto half = at::full({}, 0x800, values.options().dtype(at::kInt));
-  const auto draw = random.defined() ? right_shift(in_blocks(random), 4) : half;
-  const auto added = draw.to(at::kFloat) * 0x1p-12 + (128.0 + 0x1p-13);
-  const auto codes = ((product + added).to(at::kInt) - 128).to(at::kChar);
-  return {codes.view(-1).slice_symint(0, 0, numel), scale.to(at::kFloat)};
+  const auto gain = (at::full_like(scale, kMostSquare) / scale).unsqueeze(1);
+  const auto square = at::where(is_finite.unsqueeze(1), of_blocks.abs() * gain, 0.0).to(at::kFloat);
+  const auto root = square.sqrt().floor();
+  const auto nearest = at::full({}, 0x8000 >> 4, values.options().dtype(at::kInt));
+  const auto draw = random.defined() ? right_shift(in_blocks(random), 4) : nearest;
+  const auto up = square - root * root > (draw.to(at::kFloat) * 0x1p-12 + 0x1p-13) * (root + root + 1.0);
+  const auto codes = ((root + up) * at::where(of_blocks < 0, -1.0, 1.0)).to(at::kChar);
+  return {codes.view(-1).slice_symint(0, 0, numel), at::where(is_finite, scale, kNaN).to(at::kFloat)};
 }
 
 EncodedMomentum encode_momentum(const at::Tensor& momentum) {
@@ -139,7 +138,9 @@ at::Tensor decode_momentum(const at::Tensor& codes, const at::Tensor& scale) {
                    InvalidTensor, "scale is ", scale.scalar_type(), scale.sym_sizes(),
                    "; expected a vector of Float with ", blocks, " elements");
   const auto scales = scale.unsqueeze(1).expand_symint({blocks, kScaleBlock}).reshape(-1);
-  const auto vector = in_memory_order(codes, codes).to(at::kFloat) * scales.slice_symint(0, 0, numel);
+  const auto code = in_memory_order(codes, codes).to(at::kFloat);
+  const auto factor = code * code.abs() * (1.0f / kMostSquare);
+  const auto vector = factor * scales.slice_symint(0, 0, numel);
   return at::empty_like(codes, codes.options().dtype(at::kFloat)).copy_(from_memory_order(vector, codes));
 }
 

@@ -170,18 +170,22 @@ FUSED_LARS_INLINE Vector<uint64_t> multiply_words(Vector<uint64_t> x, uint32_t f
 // time.
 class ChunkRandomBits {
  public:
-  void draw(const RngState& rng, RoundedTensor tensor, int64_t offset, int64_t count) {
+  ChunkRandomBits(const RngState& rng, RoundedTensor tensor, int64_t offset, int64_t count) {
     const auto first = static_cast<uint64_t>(rng.first_element + offset);
     skipped_ = static_cast<int64_t>(first % kElementsPerDraw);
     const int64_t draws = (skipped_ + count + kElementsPerDraw - 1) / kElementsPerDraw;
-    uint64_t halves[2][kMostDraws], by_draw[2 * kMostDraws];
+    uint64_t halves[2][kMostDraws];
     for (int64_t i = 0; i < draws; i += kAtOnce) {
       draw_at_once(rng, tensor, first / kElementsPerDraw + i, halves[0] + i, halves[1] + i);
     }
-    for (int64_t i = 0; i < draws; ++i) by_draw[2 * i] = halves[0][i], by_draw[2 * i + 1] = halves[1][i];
-    std::memcpy(bits_, by_draw, draws * sizeof(RandomBits));
+    for (int64_t i = 0; i < draws; ++i) {
+      bits_[4 * i] = halves[0][i], bits_[4 * i + 1] = halves[1][i];
+      bits_[4 * i + 2] = ~halves[0][i], bits_[4 * i + 3] = ~halves[1][i];
+    }
   }
-  FUSED_LARS_INLINE const uint16_t* data() const { return bits_ + skipped_; }
+  // The bits of each element. The type may be the one of memory that was written as another type.
+  typedef const uint16_t __attribute__((may_alias)) * Bits;
+  FUSED_LARS_INLINE Bits data() const { return reinterpret_cast<Bits>(bits_) + skipped_; }
 
  private:
   static constexpr int64_t kLanes = VectorOf<uint64_t>::size;
@@ -222,15 +226,14 @@ class ChunkRandomBits {
     }
   }
 
-  int64_t skipped_ = 0;
-  uint16_t bits_[kElementsPerDraw * kMostDraws];
+  int64_t skipped_;
+  uint64_t bits_[4 * kMostDraws];
 };
 
 // Writes fp32 values to `count` elements of fp16 or bf16, from `offset`.
 void close_stochastically(ElementPointer x, int64_t offset, int64_t count, const float* values,
-                          const ChunkRandomBits& random) {
+                          ChunkRandomBits::Bits bits) {
   auto* __restrict to = static_cast<uint16_t*>(x.data) + offset;
-  const uint16_t* bits = random.data();
   if (x.element == Element::bf16) {
     for (int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i], bits[i]);
   } else {
@@ -254,9 +257,8 @@ void open_int8(const TensorPointers& tensors, int64_t offset, int64_t count, flo
 }
 
 void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
-                const ChunkRandomBits& random) {
+                ChunkRandomBits::Bits bits) {
   auto* __restrict codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
-  const uint16_t* bits = random.data();
   for_blocks(count, [&](int64_t first, int64_t n) {
     int32_t largest = 0;
     for (int64_t i = first; i < first + n; ++i) {
@@ -441,12 +443,11 @@ FUSED_LARS_INLINE void close_momentum(const TensorPointers& tensors, int64_t off
                                       const T* values) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (tensors.rounds_momentum_stochastically) {
-      ChunkRandomBits random;
-      random.draw(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
+      const ChunkRandomBits random(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
       if (tensors.momentum_scale != nullptr) {
-        close_int8(tensors, offset, count, values, random);
+        close_int8(tensors, offset, count, values, random.data());
       } else {
-        close_stochastically(tensors.momentum_buffer, offset, count, values, random);
+        close_stochastically(tensors.momentum_buffer, offset, count, values, random.data());
       }
       return;
     }
@@ -459,13 +460,41 @@ FUSED_LARS_INLINE void close_weight(const TensorPointers& tensors, int64_t offse
                                     const T* values) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (tensors.rounds_weight_stochastically) {
-      ChunkRandomBits random;
-      random.draw(tensors.rng, RoundedTensor::weight, offset, count);
-      close_stochastically(tensors.weight, offset, count, values, random);
+      const ChunkRandomBits random(tensors.rng, RoundedTensor::weight, offset, count);
+      close_stochastically(tensors.weight, offset, count, values, random.data());
       return;
     }
   }
   close(tensors.weight, offset, count, values);
+}
+
+// The same with momentum in bf16, converted on the way and rounded stochastically. For the other types, which
+// are converted in runs of their own, that would save less.
+template <bool nesterov>
+void update_bf16_run(Coefficients<float> c, float* __restrict weight, const float* __restrict grad,
+                     uint16_t* __restrict momentum_buffer, ChunkRandomBits::Bits bits, int64_t count) {
+  c.nesterov = nesterov;
+  for (int64_t i = 0; i < count; ++i) {
+    float w = weight[i], v = from_bf16(momentum_buffer[i]);
+    update(c, grad[i], w, v);
+    weight[i] = w;
+    momentum_buffer[i] = round_to_bf16(v, bits[i]);
+  }
+}
+
+// Returns whether the tensors are of the types for it.
+FUSED_LARS_INLINE bool update_chunk_of_bf16(const Coefficients<float>& c, const TensorPointers& tensors,
+                                            int64_t offset, int64_t count) {
+  if (tensors.weight.element != Element::f32 || tensors.grad.element != Element::f32 ||
+      tensors.momentum_buffer.element != Element::bf16) {
+    return false;
+  }
+  const ChunkRandomBits random(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
+  const auto run = c.nesterov ? update_bf16_run<true> : update_bf16_run<false>;
+  run(c, static_cast<float*>(tensors.weight.data) + offset,
+      static_cast<const float*>(tensors.grad.data) + offset,
+      static_cast<uint16_t*>(tensors.momentum_buffer.data) + offset, random.data(), count);
+  return true;
 }
 
 template <typename T>
@@ -479,6 +508,9 @@ void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_
   for (int64_t i = 0; i < count; i += chunk) {
     const int64_t n = std::min(chunk, count - i);
     const int64_t at = offset + i;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (has_momentum && update_chunk_of_bf16(c, tensors, at, n)) continue;
+    }
     T* weight = open(tensors.weight, at, n, weight_scratch);
     const T* grad = open(tensors.grad, at, n, grad_scratch);
     if (has_momentum) {
