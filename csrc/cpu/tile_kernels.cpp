@@ -178,14 +178,14 @@ class ChunkRandomBits {
     for (int64_t i = 0; i < draws; i += kAtOnce) {
       draw_at_once(rng, tensor, first / kElementsPerDraw + i, halves[0] + i, halves[1] + i);
     }
+    typedef uint64_t __attribute__((may_alias)) * FourOfThem;
+    auto* to = reinterpret_cast<FourOfThem>(bits_);
     for (int64_t i = 0; i < draws; ++i) {
-      bits_[4 * i] = halves[0][i], bits_[4 * i + 1] = halves[1][i];
-      bits_[4 * i + 2] = ~halves[0][i], bits_[4 * i + 3] = ~halves[1][i];
+      to[4 * i] = halves[0][i], to[4 * i + 1] = halves[1][i];
+      to[4 * i + 2] = ~halves[0][i], to[4 * i + 3] = ~halves[1][i];
     }
   }
-  // The bits of each element. The type may be the one of memory that was written as another type.
-  typedef const uint16_t __attribute__((may_alias)) * Bits;
-  FUSED_LARS_INLINE Bits data() const { return reinterpret_cast<Bits>(bits_) + skipped_; }
+  FUSED_LARS_INLINE const uint16_t* data() const { return bits_ + skipped_; }
 
  private:
   static constexpr int64_t kLanes = VectorOf<uint64_t>::size;
@@ -227,12 +227,12 @@ class ChunkRandomBits {
   }
 
   int64_t skipped_;
-  uint64_t bits_[4 * kMostDraws];
+  alignas(uint64_t) uint16_t bits_[kElementsPerDraw * kMostDraws];
 };
 
 // Writes fp32 values to `count` elements of fp16 or bf16, from `offset`.
 void close_stochastically(ElementPointer x, int64_t offset, int64_t count, const float* values,
-                          ChunkRandomBits::Bits bits) {
+                          const uint16_t* bits) {
   auto* __restrict to = static_cast<uint16_t*>(x.data) + offset;
   if (x.element == Element::bf16) {
     for (int64_t i = 0; i < count; ++i) to[i] = round_to_bf16(values[i], bits[i]);
@@ -256,8 +256,9 @@ void open_int8(const TensorPointers& tensors, int64_t offset, int64_t count, flo
   });
 }
 
-void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
-                ChunkRandomBits::Bits bits) {
+// Not inlined, because GCC 12 would then warn that random bits may not have been set.
+[[gnu::noinline]] void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
+                const uint16_t* bits) {
   auto* __restrict codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
   for_blocks(count, [&](int64_t first, int64_t n) {
     int32_t largest = 0;
@@ -472,7 +473,7 @@ FUSED_LARS_INLINE void close_weight(const TensorPointers& tensors, int64_t offse
 // are converted in runs of their own, that would save less.
 template <bool nesterov>
 void update_bf16_run(Coefficients<float> c, float* __restrict weight, const float* __restrict grad,
-                     uint16_t* __restrict momentum_buffer, ChunkRandomBits::Bits bits, int64_t count) {
+                     uint16_t* __restrict momentum_buffer, const uint16_t* bits, int64_t count) {
   c.nesterov = nesterov;
   for (int64_t i = 0; i < count; ++i) {
     float w = weight[i], v = from_bf16(momentum_buffer[i]);
