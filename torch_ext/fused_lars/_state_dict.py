@@ -50,7 +50,8 @@ def restore(state_dict, implementations, param_groups, state) -> None:
                 own[key] = value.to(param.device, copy=True)
                 own[key][-1] = first_element(param)  # the sharding may be another one
             elif key == "momentum_buffer":
-                dtype = momentum_dtype(groups[param], param, value)
+                # Only a 16-bit parameter keeps an fp32 buffer that was not asked for.
+                dtype = momentum_dtype(groups[param], param, value if param.dtype in HALF else None)
                 store_momentum(own, value.to(param.device), param, dtype)
             elif isinstance(value, Tensor):
                 exact = value.dtype == torch.float32 and param.dtype in HALF
