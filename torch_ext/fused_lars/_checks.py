@@ -66,14 +66,15 @@ def check_group(group, index: int | None = None) -> None:
         if name != "layer_adaptation" and not isinstance(values[name], bool):
             raise ValueError(f"{name}{where} is {values[name]!r}; allowed: True, False")
     check_hyperparameters({**values, "layer_adaptation": bool(values["layer_adaptation"])}, index)
-    _check_rounding(group, where)
+    check_rounding(group, where)
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
 
 
-def _check_rounding(group, where: str) -> None:
+def check_rounding(group, where: str) -> None:
+    """Checks the options of rounding. `where` comes after the name of an option in an error."""
     dtype, seed = group["momentum_dtype"], group["rounding_seed"]
     if dtype not in _MOMENTUM_DTYPES:
         raise ValueError(
@@ -133,7 +134,10 @@ def _in_group(group: int | None) -> str:
 
 
 def check_momentum_dtype(param: Tensor, dtype, name: str) -> None:
-    """Checks that a parameter's momentum can have a dtype: what momentum_dtypes of csrc/step.h allows."""
+    """Checks that the momentum of a parameter, named as in an error, can have a dtype.
+
+    This is what momentum_dtypes of csrc/step.h allows.
+    """
     if dtype in (None, torch.float32):
         return
     allowed: list = [param.dtype, torch.float32, INT8]

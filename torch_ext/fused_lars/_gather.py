@@ -4,6 +4,7 @@ import torch
 
 from ._checks import HALF
 from ._momentum import (
+    check_options,
     decoded_momentum,
     momentum_dtype,
     needs_rng_state,
@@ -36,6 +37,7 @@ def append_group(
     master_weights = group["master_weights"]
     has_state = has_momentum or master_weights or group["stochastic_rounding"]
     positions: dict[int, int] = {}
+    is_checked = False
     for p in group["params"]:
         grad = p.grad
         if grad is None:
@@ -56,6 +58,9 @@ def append_group(
             buffer = of_param.get("momentum_buffer")
             had_buffer = buffer is not None
             dtype = momentum_dtype(group, p, buffer)
+            if not is_checked and (buffer is None or buffer.dtype != dtype):
+                check_options(group, param_groups)
+                is_checked = True
             if buffer is None:
                 new_buffer(of_param, p, dtype)
             elif buffer.dtype != dtype:
@@ -71,6 +76,9 @@ def append_group(
                 steps.append(of_param["step"])
         if needs_rng_state(group, p, buffer):
             if "rng_state" not in of_param:
+                if not is_checked:
+                    check_options(group, param_groups)
+                    is_checked = True
                 positions = positions or _positions(param_groups)
                 of_param["rng_state"] = new_rng_state(p, group, positions[id(p)])
             rng_states.append(of_param["rng_state"])

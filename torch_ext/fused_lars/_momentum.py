@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ._checks import HALF, INT8
+from ._checks import HALF, INT8, check_momentum_dtype, check_rounding
+from ._names import parameter_name
 from ._torch_internals import is_dtensor_like, local_of
 
 _SCALE_BLOCK = 128  # elements of an int8 buffer that share a scale, see csrc/rounding.h
@@ -19,6 +20,24 @@ def momentum_dtype(group, param: Tensor, buffer: Tensor | None) -> torch.dtype:
         return torch.int8 if wanted == INT8 else wanted
     own = torch.float32 if group["master_weights"] and param.dtype in HALF else param.dtype
     return torch.float32 if buffer is not None and buffer.dtype == torch.float32 else own
+
+
+def check_options(group, param_groups) -> None:
+    """Checks the options of a group, which may be new ones, before a step changes state for them."""
+    dtype = group["momentum_dtype"]
+    try:
+        check_rounding(group, "")
+        for p in group["params"]:
+            check_momentum_dtype(p, dtype, "")
+    except ValueError:
+        # Only an error needs the places, and a part of a group (_sharded/gathered.py) does not know them.
+        members = {*map(id, group["params"])}
+        for group_index, own in enumerate(param_groups):
+            for index, p in enumerate(own["params"]):
+                if id(p) in members:
+                    check_rounding(group, f" in group {group_index}")
+                    check_momentum_dtype(p, dtype, parameter_name(own, group_index, index))
+        raise
 
 
 def new_buffer(values, param: Tensor, dtype: torch.dtype) -> None:

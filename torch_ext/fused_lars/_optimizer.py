@@ -14,7 +14,7 @@ from ._masters import take_over
 from ._op_call import uses_ordinary_operators
 from ._records import LayerNorms
 from ._replaced import SeenParams
-from ._state_dict import check_state_dict, decode, implementations, restore
+from ._state_dict import check_state_dict, implementations, make_portable, restore
 from ._step_inputs import StepInputs
 from ._stepper import Stepper
 from ._torch_internals import (
@@ -88,10 +88,10 @@ class LARS(Optimizer):
             that it no longer rounds to. ``param.data.copy_(...)`` and other writes through ``.data`` are not
             noticed: write under ``torch.no_grad()``. Default: False.
         momentum_dtype (torch.dtype or "int8", optional): the dtype in which momentum is kept: torch.float32,
-            torch.bfloat16 or torch.float16 for fp32 parameters and masters; the parameter's own or
-            torch.float32 for other fp16 and bf16 parameters; "int8" for all of these: 8-bit codes with an fp32
-            scale for each 128 elements. A buffer that is narrower than its weight is rounded stochastically.
-            fp64 parameters take torch.float32 alone. None keeps the parameter's dtype, or fp32 with a master.
+            torch.bfloat16 or torch.float16 for fp32 parameters; torch.float32 or the parameter's own for fp16
+            and bf16 parameters, also with a master; "int8" for all of these: 8-bit codes with an fp32 scale
+            for each 128 elements. A buffer that is narrower than its weight is rounded stochastically. fp64
+            parameters take torch.float32 alone. None keeps the parameter's dtype, or fp32 with a master.
             Default: None.
         stochastic_rounding (bool): round fp16 and bf16 parameters, and momentum of their dtype, up or down at
             random, so that updates smaller than half a unit in the last place are not lost. For parameters
@@ -117,12 +117,12 @@ class LARS(Optimizer):
 
     State of a parameter: ``momentum_buffer`` (the parameter's shape, of the dtype that ``momentum_dtype``
     says), ``master_param`` (fp32) and, with dampening, ``step`` (the number of updates applied, one fp32
-    element). With stochastic rounding also ``rng_state``, an int64 vector: a key made of ``rounding_seed`` and
-    the parameter's place, the number of updates applied, and the index of the first element (not 0 in a
+    element). With stochastic rounding also ``rng_state``, an int64 vector: a key made of ``rounding_seed``
+    and the parameter's place, the number of updates applied, and the index of the first element (not 0 in a
     shard). With int8 momentum also ``momentum_scale`` (fp32, one for each 128 elements in the order of
-    memory). A loaded fp32 buffer of an fp16 or bf16 parameter stays fp32 if ``momentum_dtype`` is None. NaN or inf in a gradient reaches the weights,
-    as in ``torch.optim.SGD``. A NaN gives the rest of its layer a trust ratio of 1. If a ``GradScaler`` has
-    found the NaN or inf, the step changes nothing.
+    memory). A loaded fp32 buffer of an fp16 or bf16 parameter stays fp32 if ``momentum_dtype`` is None. NaN
+    or inf in a gradient reaches the weights, as in ``torch.optim.SGD``. A NaN gives the rest of its layer a
+    trust ratio of 1. If a ``GradScaler`` has found the NaN or inf, the step changes nothing.
 
     Example:
         >>> groups = fused_lars.param_groups(model, weight_decay=1e-4)
@@ -265,10 +265,11 @@ class LARS(Optimizer):
         """Returns the state in torch's format, which :meth:`load_state_dict` loads.
 
         int8 momentum is in it as fp32, without scales. So it fits parameters of any memory format and any
-        sharding, and a run that loads it goes on with the same bits.
+        sharding, and a run that loads it goes on with the same bits. A dtype for ``momentum_dtype`` is in it
+        by name ("bfloat16").
         """
         # A hook, so that a user's own hooks see the same as they would without it.
-        handle = self.register_state_dict_post_hook(decode, prepend=True)
+        handle = self.register_state_dict_post_hook(make_portable, prepend=True)
         try:
             return super().state_dict()
         finally:

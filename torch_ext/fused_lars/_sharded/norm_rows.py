@@ -53,9 +53,9 @@ class NormRows:
 
         `local` has the local lists of the parameters that have a gradient.
         """
-        weights, grads, _, masters, _ = local
-        if masters:
-            masters = iter(masters)
+        weights, grads = local.params, local.grads
+        if local.master_params:
+            masters = iter(local.master_params)
             weights = [next(masters) if w.dtype in HALF else w for w in weights]
         first = len(self._weights)
         runs = self._runs[call]
