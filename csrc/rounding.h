@@ -55,6 +55,8 @@ constexpr uint32_t kPhiloxMultiplier[2] = {0xd2511f53, 0xcd9e8d57};
 constexpr uint32_t kPhiloxIncrement[2] = {0x9e3779b9, 0xbb67ae85};
 
 FUSED_LARS_INLINE RandomBits philox(RandomBits counter, uint32_t key0, uint32_t key1) {
+  // Numbers, because device code cannot see the array.
+  constexpr uint32_t increment0 = kPhiloxIncrement[0], increment1 = kPhiloxIncrement[1];
   auto& [a, b, c, d] = counter.words;
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier[0]) * a;
@@ -63,8 +65,8 @@ FUSED_LARS_INLINE RandomBits philox(RandomBits counter, uint32_t key0, uint32_t 
     c = static_cast<uint32_t>(product0 >> 32) ^ d ^ key1;
     b = static_cast<uint32_t>(product1);
     d = static_cast<uint32_t>(product0);
-    key0 += kPhiloxIncrement[0];
-    key1 += kPhiloxIncrement[1];
+    key0 += increment0;
+    key1 += increment1;
   }
   return counter;
 }

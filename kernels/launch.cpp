@@ -49,15 +49,19 @@ class Packer {
  public:
   Packer(const Bucket& bucket, const std::vector<GroupRow>& groups, const Tiling& tiling)
       : bucket_(bucket), groups_(groups), tiling_(tiling) {
-    for (const auto& tensor : bucket.tensors) any_step_ |= tensor.step != nullptr;
+    for (const auto& tensor : bucket.tensors) {
+      any_step_ |= tensor.step != nullptr;
+      any_momentum_scale_ |= tensor.momentum_scale != nullptr;
+      any_rng_state_ |= tensor.rng_state != nullptr;
+    }
   }
 
   // With as many of the bucket's tensors, from `begin` on, as fit: p.order.tensors.
   void fill(Parameters& p, size_t begin) {
     rows_.clear();
     row_of_group_.assign(groups_.size(), kNoRow);
-    const size_t tensor_bytes =
-        sizeof(TensorRow) + sizeof(ItemCounts) + (bucket_.types.master + any_step_) * sizeof(void*);
+    const int tables = bucket_.types.master + any_step_ + any_momentum_scale_ + any_rng_state_;
+    const size_t tensor_bytes = sizeof(TensorRow) + sizeof(ItemCounts) + tables * sizeof(void*);
     size_t bytes = sizeof(ItemCounts), count = 0;
     for (; begin + count < bucket_.tensors.size(); ++count) {
       const uint32_t group = bucket_.tensors[begin + count].group;
@@ -76,8 +80,11 @@ class Packer {
     section(sizeof(GroupRow), rows_.size());
     p.tensor_rows = section(sizeof(TensorRow), count);
     p.item_counts = section(sizeof(ItemCounts), count + 1);
-    p.params_of_masters = bucket_.types.master ? section(sizeof(void*), count) : 0;
-    p.steps = any_step_ ? section(sizeof(void*), count) : 0;
+    const auto table_of = [&](bool any) { return any ? section(sizeof(void*), count) : uint16_t{0}; };
+    p.params_of_masters = table_of(bucket_.types.master);
+    p.steps = table_of(any_step_);
+    p.momentum_scales = table_of(any_momentum_scale_);
+    p.rng_states = table_of(any_rng_state_);
 
     for (size_t i = 0; i < rows_.size(); ++i) write(p, 0, i, rows_[i]);
     ItemCounts before = {0, 0};
@@ -88,6 +95,8 @@ class Packer {
       write(p, p.item_counts, i, before);
       if (bucket_.types.master) write(p, p.params_of_masters, i, tensor.param);
       if (any_step_) write(p, p.steps, i, tensor.step);
+      if (any_momentum_scale_) write(p, p.momentum_scales, i, tensor.momentum_scale);
+      if (any_rng_state_) write(p, p.rng_states, i, tensor.rng_state);
       const ItemCounts items = tiling_.items(tensor);
       before = {before.norms + items.norms, before.updates + items.updates};
     }
@@ -107,7 +116,7 @@ class Packer {
   const Bucket& bucket_;
   const std::vector<GroupRow>& groups_;
   const Tiling& tiling_;
-  bool any_step_ = false;
+  bool any_step_ = false, any_momentum_scale_ = false, any_rng_state_ = false;
   std::vector<uint16_t> row_of_group_;
   std::vector<GroupRow> rows_;
 };

@@ -34,8 +34,10 @@ struct Kernel {
 const Kernel* find_kernel(const KernelTypes& types);
 
 struct LaunchTensor : TensorMemory {
-  void* param;  // used where the weight is its master
-  float* step;  // null without dampening
+  void* param;            // used where the weight is its master
+  float* step;            // null without dampening
+  float* momentum_scale;  // of an int8 momentum buffer, else null
+  int64_t* rng_state;     // null if nothing is rounded stochastically
   int64_t numel;
   uint32_t index;  // in trust_ratios, layer_norms and squared_norms
   uint32_t group;

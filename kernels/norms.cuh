@@ -47,7 +47,7 @@ __device__ __forceinline__ Sums<double> tile_partials(const Tile<Types>& tile,
 
 // The norm of a tensor that has partials of both kinds, in all lanes of the calling warp: every second number
 // of `partials`.
-__device__ __noinline__ double norm_of_mixed_partials(const double* partials, uint32_t tiles) {
+inline __device__ __noinline__ double norm_of_mixed_partials(const double* partials, uint32_t tiles) {
   double largest = 0.0;
   for (uint32_t tile = threadIdx.x % 32; tile < tiles; tile += 32) {
     largest = fmax(largest, decode_norm(partials[2 * tile]));

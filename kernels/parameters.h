@@ -59,11 +59,14 @@ struct LaunchArguments {
   double* layer_norms;      // may be null
   bool masters_follow;      // they take over what was written into their parameters
 
-  // Byte offsets in Parameters::table of what each tensor has. 0 for the last two: no tensor has any.
+  // Byte offsets in Parameters::table of what each tensor has.
   uint16_t tensor_rows;
-  uint16_t item_counts;        // ItemCounts before each tensor, and of all after the last
-  uint16_t params_of_masters;  // pointers
-  uint16_t steps;              // pointers, which may be null
+  uint16_t item_counts;  // ItemCounts before each tensor, and of all after the last
+  // Of pointers. 0: no tensor has one. Else those of some tensors may be null.
+  uint16_t params_of_masters;
+  uint16_t steps;
+  uint16_t momentum_scales;
+  uint16_t rng_states;
 };
 
 struct Parameters : LaunchArguments {
@@ -74,6 +77,11 @@ struct Parameters : LaunchArguments {
   template <typename T>
   FUSED_LARS_INLINE const T& entry(uint32_t offset, uint32_t i) const {
     return reinterpret_cast<const T*>(table + offset)[i];
+  }
+  // Of a table of pointers. Null if the tensor has none.
+  template <typename T>
+  FUSED_LARS_INLINE T* pointer(uint32_t offset, uint32_t i) const {
+    return offset == 0 ? nullptr : entry<T*>(offset, i);
   }
   FUSED_LARS_INLINE const GroupRow& group(uint32_t i) const { return entry<GroupRow>(0, i); }
   FUSED_LARS_INLINE const TensorRow& tensor(uint32_t i) const { return entry<TensorRow>(tensor_rows, i); }

@@ -114,6 +114,8 @@ void step_cuda(const Step& step) {
                      .momentum_buffer = data_or_null<void>(tensor.momentum_buffer)},
                     /*param=*/tensor.param.data_ptr(),
                     /*step=*/data_or_null<float>(tensor.step),
+                    /*momentum_scale=*/data_or_null<float>(tensor.momentum_scale),
+                    /*rng_state=*/data_or_null<int64_t>(tensor.rng_state),
                     tensor.param.numel(),
                     static_cast<uint32_t>(i),
                     row_of_group[tensor.group]});
@@ -157,6 +159,8 @@ at::Tensor squared_norms_cuda(const NormCall& call) {
         .push_back({{.weight = param.data_ptr(), .grad = grad.data_ptr(), .momentum_buffer = nullptr},
                     /*param=*/nullptr,
                     /*step=*/nullptr,
+                    /*momentum_scale=*/nullptr,
+                    /*rng_state=*/nullptr,
                     param.numel(),
                     static_cast<uint32_t>(i),
                     static_cast<uint32_t>(call.group_of[i])});

@@ -18,6 +18,7 @@ namespace fused_lars {
 constexpr int kBlocksPerMultiprocessor = 2;
 
 // The last block to leave zeroes what is left of the workspace and counts the step.
+template <typename Types>
 __device__ __forceinline__ void leave(const Parameters& p) {
   __shared__ bool is_last_block;
   if (threadIdx.x == kWorkers) {  // of the dispatcher, which has read what is zeroed here
@@ -29,8 +30,12 @@ __device__ __forceinline__ void leave(const Parameters& p) {
   if (!is_last_block) return;
   for (uint32_t tensor = threadIdx.x; tensor < p.order.tensors; tensor += kThreads) {
     p.workspace.ratios[tensor] = 0;
-    float* step = p.steps == 0 ? nullptr : p.entry<float*>(p.steps, tensor);
+    auto* step = p.pointer<float>(p.steps, tensor);
     if (step != nullptr) *step += 1.0f;
+    if constexpr (Types::kMayRound) {
+      auto* rng = p.pointer<int64_t>(p.rng_states, tensor);
+      if (rng != nullptr) rng[1] += 1;  // RngState::update
+    }
   }
   if (threadIdx.x == 0) *p.workspace.tickets = *p.workspace.finished = 0;
 }
@@ -48,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   } else {
     dispatch(p, shared);
   }
-  leave(p);
+  leave<Types>(p);
 }
 
 }  // namespace fused_lars

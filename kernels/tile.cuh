@@ -16,12 +16,11 @@
 
 #include "../csrc/rule.h"
 #include "parameters.h"
+#include "random.cuh"
 
 namespace fused_lars {
 
-constexpr int kWorkers = 224;  // threads; with the dispatcher's warp a block has 256
 constexpr int kWorkerWarps = kWorkers / 32;
-constexpr int kVectorsPerThread = 4;
 constexpr int kVectorBytes = 16;
 
 // The element types of a launch. The weight is what the rule reads and writes: the parameter, or its fp32
@@ -34,33 +33,56 @@ struct TensorTypes {
   using Weight = Weight_;
   using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
   static constexpr bool kHasMaster = !std::is_same_v<Param, Weight>;
+  static constexpr bool kHasCodes = std::is_same_v<MomentumBuffer, int8_t>;  // momentum as in rounding.h
+
+  // What is rounded stochastically: see csrc/step.h. A group decides for weights of 16 bits and for momentum
+  // of their type.
+  static constexpr bool kWeightMayRound = sizeof(Weight) == 2;
+  static constexpr bool kMomentumRoundsAsWeight = kWeightMayRound && sizeof(MomentumBuffer) == 2;
+  static constexpr bool kMomentumRounds = kHasCodes || (!kWeightMayRound && sizeof(MomentumBuffer) == 2);
+  static constexpr bool kMayRound = kWeightMayRound || kMomentumRounds;
 
   // Elements of a vector: the widest type is accessed by 16 bytes.
   static constexpr size_t kVector =
       kVectorBytes / std::max({sizeof(Weight), sizeof(Grad), sizeof(MomentumBuffer)});
   static constexpr uint32_t kTile = kWorkers * kVectorsPerThread * kVector;
   static constexpr uint32_t kStageBytes = kTile * (sizeof(Weight) + sizeof(Grad));
+  static_assert(kTile % kScaleBlock == 0);
 };
 
-// Of an element of 16 bits.
+// Of an element of 8 or 16 bits.
 template <typename T>
-__device__ __forceinline__ uint16_t bits_of(T element) {
-  uint16_t bits;
+using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+template <typename T>
+__device__ __forceinline__ Bits<T> bits_of(T element) {
+  Bits<T> bits;
   memcpy(&bits, &element, sizeof element);
   return bits;
 }
 
-// Elements as one access reads and writes them. Those of 16 bits stay packed until they are used: a tile of
-// them unpacked would not fit in registers.
+// Rounds stochastically to __half or __nv_bfloat16, given 16 random bits.
+template <typename T>
+__device__ __forceinline__ Bits<T> rounded_bits(float x, uint32_t random) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return round_to_f16(x, random);
+  } else {
+    return round_to_bf16(x, random);
+  }
+}
+
+// Elements as one access reads and writes them. Those of 8 and 16 bits stay packed until they are used: a
+// tile of them unpacked would not fit in registers.
 template <typename T, int kVector>
 struct Packed {
-  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
+  static constexpr bool kIsSmall = sizeof(T) < sizeof(uint32_t);
+  static constexpr int kPerWord = kIsSmall ? sizeof(uint32_t) / sizeof(T) : 1;
+  using Word = std::conditional_t<kIsSmall, uint32_t, T>;
   static constexpr int kWords = kVector * sizeof(T) / sizeof(Word);
   alignas(kVector * sizeof(T)) Word words[kWords];
 
   __device__ __forceinline__ T get(int e) const {
-    if constexpr (sizeof(T) == 2) {
-      const auto bits = static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16));
+    if constexpr (kIsSmall) {
+      const auto bits = static_cast<Bits<T>>(words[e / kPerWord] >> shift(e));
       T element;
       memcpy(&element, &bits, sizeof element);
       return element;
@@ -84,14 +106,21 @@ struct Packed {
   }
 
   __device__ __forceinline__ void set(int e, T element) {
-    if constexpr (sizeof(T) == 2) {
-      const uint16_t bits = bits_of(element);
-      const uint32_t other = words[e / 2] & (e % 2 == 0 ? 0xffff0000u : 0x0000ffffu);
-      words[e / 2] = other | static_cast<uint32_t>(bits) << (e % 2 * 16);
+    if constexpr (kIsSmall) {
+      set_bits(e, bits_of(element));
     } else {
       words[e] = element;
     }
   }
+
+  // Of an element of 8 or 16 bits.
+  __device__ __forceinline__ void set_bits(int e, Bits<T> bits) {
+    const uint32_t other = words[e / kPerWord] & ~(static_cast<uint32_t>(static_cast<Bits<T>>(-1)) << shift(e));
+    words[e / kPerWord] = other | static_cast<uint32_t>(bits) << shift(e);
+  }
+
+ private:
+  static __device__ __forceinline__ int shift(int e) { return e % kPerWord * 8 * sizeof(T); }
 };
 
 // CUDA's vector of some words.
@@ -116,6 +145,10 @@ struct AccessOf<uint32_t, 4> {
 template <>
 struct AccessOf<uint32_t, 2> {
   using Type = uint2;
+};
+template <>
+struct AccessOf<uint32_t, 1> {
+  using Type = uint32_t;
 };
 template <typename P>
 using Access = typename AccessOf<typename P::Word, P::kWords>::Type;
@@ -164,9 +197,24 @@ struct NormOf {
   DecayedGradient<Compute> factors;
 };
 
+// What a tile has only if its types need it. Other kernels spend no register on it.
+template <bool kMayRound>
+struct RoundingOfTile {};
+template <>
+struct RoundingOfTile<true> {
+  RngState rng;  // its first element is the tile's
+  uint32_t rounds_weight;
+};
+template <bool kHasCodes>
+struct ScalesOfTile {};
+template <>
+struct ScalesOfTile<true> {
+  float* momentum_scale;  // of its first block
+};
+
 // One tile of one tensor.
 template <typename Types>
-struct Tile {
+struct Tile : RoundingOfTile<Types::kMayRound>, ScalesOfTile<Types::kHasCodes> {
   typename Types::Weight* weight;
   const typename Types::Grad* grad;
   typename Types::MomentumBuffer* momentum_buffer;  // null without momentum
@@ -183,6 +231,49 @@ __device__ __forceinline__ T warp_sum(T x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   return x;
 }
+
+// What of an element's bits a block's scale is made of: see block_scale.
+__device__ __forceinline__ uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffff; }
+
+// The blocks of int8 momentum in a tile. The k-th vectors of some neighbouring lanes are a block. These lanes
+// have kVectorsPerThread blocks, and a quarter of them works out the scale of each.
+template <int kVector>
+struct LanesOfBlock {
+  static_assert(kVectorsPerThread == 4);
+  static constexpr int kLanes = kScaleBlock / kVector;
+  static constexpr int kQuarter = kLanes / kVectorsPerThread;
+
+  // For which k the calling lane works out the scale, and which one of the tile's blocks that is.
+  static __device__ __forceinline__ uint32_t own() { return threadIdx.x / kQuarter % kVectorsPerThread; }
+  static __device__ __forceinline__ uint32_t own_block() {
+    return own() * (kWorkers / kLanes) + threadIdx.x / kLanes;
+  }
+
+  // The maximum of x[own()] over the lanes. With each exchange, a lane passes on what others work out.
+  static __device__ __forceinline__ uint32_t max_of_own(const uint32_t (&x)[kVectorsPerThread]) {
+    const bool upper_half = own() / 2 != 0, odd = own() % 2 != 0;
+    uint32_t half[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      half[i] = max_with(upper_half ? x[i + 2] : x[i], upper_half ? x[i] : x[i + 2], 2 * kQuarter);
+    }
+    uint32_t largest = max_with(odd ? half[1] : half[0], odd ? half[0] : half[1], kQuarter);
+#pragma unroll
+    for (int lanes = kQuarter / 2; lanes > 0; lanes /= 2) largest = max_with(largest, largest, lanes);
+    return largest;
+  }
+
+  // The k-th block's number, where x is the number of the own block.
+  static __device__ __forceinline__ float of_block(int k, float x) {
+    return __shfl_sync(~0u, x, k * kQuarter, kLanes);
+  }
+
+ private:
+  // Gives `passed` to the lane that lies `lanes` away.
+  static __device__ __forceinline__ uint32_t max_with(uint32_t kept, uint32_t passed, int lanes) {
+    return max(kept, __shfl_xor_sync(~0u, passed, lanes));
+  }
+};
 
 // The workers' hold on one tile.
 template <typename Types>
@@ -277,17 +368,42 @@ class TileAgent {
   }
 
   // Applies the rule to the loaded tile and stores it.
-  __device__ __forceinline__ void update(const Tile<Types>& tile, Coefficients<Compute> c) {
-    if (c.nesterov) {
-      c.nesterov = true;  // known to the compiler from here
-      update_elements(tile, c);
-    } else {
-      c.nesterov = false;
-      update_elements(tile, c);
+  __device__ __forceinline__ void update(const Tile<Types>& tile, const Coefficients<Compute>& c) {
+    if constexpr (Types::kWeightMayRound) {
+      if (tile.rounds_weight) return update_as<true>(tile, c);
     }
+    update_as<false>(tile, c);
   }
 
  private:
+  // Random bits for all that is rounded stochastically. They are drawn before loaded elements are used, so
+  // that drawing hides the latency of loads.
+  template <bool kRoundsWeight>
+  struct Random {
+    static constexpr bool kWeight = kRoundsWeight;
+    static constexpr bool kMomentum =
+        Types::kMomentumRounds || (kRoundsWeight && Types::kMomentumRoundsAsWeight);
+    RandomVectors<kVector> weight, momentum_buffer;
+
+    __device__ __forceinline__ void draw(const Tile<Types>& tile) {
+      if constexpr (kWeight) weight.draw(tile.rng, RoundedTensor::weight);
+      if constexpr (kMomentum) momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
+    }
+  };
+
+  template <bool kRoundsWeight>
+  __device__ __forceinline__ void update_as(const Tile<Types>& tile, Coefficients<Compute> c) {
+    Random<kRoundsWeight> random;
+    random.draw(tile);
+    if (c.nesterov) {
+      c.nesterov = true;  // known to the compiler from here
+      update_elements(tile, c, random);
+    } else {
+      c.nesterov = false;
+      update_elements(tile, c, random);
+    }
+  }
+
   static __device__ __forceinline__ PackedWeight* weights_of(unsigned char* stage) {
     return reinterpret_cast<PackedWeight*>(stage);
   }
@@ -326,6 +442,10 @@ class TileAgent {
   __device__ __forceinline__ void load_momentum(const Tile<Types>& tile, int k, uint32_t first, int inside,
                                                 uint32_t misaligned) {
     momentum_buffer_[k] = {};
+    if constexpr (Types::kHasCodes) {
+      // Through L1: a sector has the scales of several blocks.
+      scale_[k] = inside > 0 ? __ldca(tile.momentum_scale + first / kScaleBlock) : 0.0f;
+    }
     if (tile.momentum_buffer == nullptr) return;
     fused_lars::load<true>(momentum_buffer_[k], tile.momentum_buffer + first,
                            !(misaligned & tile.kMomentumBuffer), inside);
@@ -365,32 +485,102 @@ class TileAgent {
     }
   }
 
-  __device__ __forceinline__ void update_elements(const Tile<Types>& tile, const Coefficients<Compute>& c) {
+  __device__ __forceinline__ Compute momentum_of(int k, int e) const {
+    if constexpr (Types::kHasCodes) {
+      return decode(momentum_buffer_[k].get(e), scale_[k]);
+    } else {
+      return static_cast<Compute>(momentum_buffer_[k].get(e));
+    }
+  }
+
+  // Updates the k-th vector, stores its weights, and calls set_momentum(e, updated momentum) for each element.
+  template <typename Random, typename SetMomentum>
+  __device__ __forceinline__ void update_vector(const Tile<Types>& tile, const Coefficients<Compute>& c,
+                                                const Random& random, int k, uint32_t first, int inside,
+                                                uint32_t misaligned, const SetMomentum& set_momentum) {
+    Packed<typename Types::Param, kVector> param;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      auto weight = static_cast<Compute>(weight_[k].get(e));
+      Compute momentum_buffer = momentum_of(k, e);
+      fused_lars::update(c, static_cast<Compute>(grad_[k].get(e)), weight, momentum_buffer);
+      if constexpr (Random::kWeight) {
+        weight_[k].set_bits(e, rounded_bits<typename Types::Weight>(weight, random.weight.of(k, e)));
+      } else {
+        weight_[k].set(e, static_cast<typename Types::Weight>(weight));
+      }
+      set_momentum(e, momentum_buffer);
+      if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
+    }
+    store(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
+    if constexpr (Types::kHasMaster) {
+      store(param, tile.param + first, !(misaligned & tile.kParam), inside);
+    }
+  }
+
+  __device__ __forceinline__ void store_momentum(const Tile<Types>& tile, int k, uint32_t first, int inside,
+                                                 uint32_t misaligned) const {
+    if (tile.momentum_buffer == nullptr) return;
+    store(momentum_buffer_[k], tile.momentum_buffer + first, !(misaligned & tile.kMomentumBuffer), inside);
+  }
+
+  template <typename Random>
+  __device__ __forceinline__ void update_elements(const Tile<Types>& tile, const Coefficients<Compute>& c,
+                                                  const Random& random) {
+    if constexpr (Types::kHasCodes) {
+      update_blocks(tile, c, random);
+    } else {
+      for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
+        using MomentumBuffer = typename Types::MomentumBuffer;
+        update_vector(tile, c, random, k, first, inside, misaligned, [&](int e, Compute momentum_buffer) {
+          if constexpr (Random::kMomentum) {
+            const uint32_t bits = random.momentum_buffer.of(k, e);
+            momentum_buffer_[k].set_bits(e, rounded_bits<MomentumBuffer>(momentum_buffer, bits));
+          } else {
+            momentum_buffer_[k].set(e, static_cast<MomentumBuffer>(momentum_buffer));
+          }
+        });
+        store_momentum(tile, k, first, inside, misaligned);
+      });
+    }
+  }
+
+  // With int8 momentum. A block's scale is known once all of its elements are, so they stay in registers.
+  template <typename Random>
+  __device__ __forceinline__ void update_blocks(const Tile<Types>& tile, const Coefficients<Compute>& c,
+                                                const Random& random) {
+    using Lanes = LanesOfBlock<kVector>;
+    float updated[kVectorsPerThread][kVector];
+    uint32_t largest[kVectorsPerThread];
     for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
-      Packed<typename Types::Param, kVector> param;
+      largest[k] = 0;
+      update_vector(tile, c, random, k, first, inside, misaligned, [&](int e, float momentum_buffer) {
+        updated[k][e] = momentum_buffer;
+        // What lies outside of the tensor may have become NaN.
+        if (e < inside) largest[k] = max(largest[k], magnitude_bits(momentum_buffer));
+      });
+    });
+    const BlockScale own = block_scale(Lanes::max_of_own(largest));
+    const uint32_t own_block = Lanes::own_block();
+    if (threadIdx.x % Lanes::kQuarter == 0 && own_block * kScaleBlock < tile.count) {
+      tile.momentum_scale[own_block] = own.scale;
+    }
+    float gain[kVectorsPerThread];
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) gain[k] = Lanes::of_block(k, own.gain);
+    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        auto weight = static_cast<Compute>(weight_[k].get(e));
-        auto momentum_buffer = static_cast<Compute>(momentum_buffer_[k].get(e));
-        fused_lars::update(c, static_cast<Compute>(grad_[k].get(e)), weight, momentum_buffer);
-        weight_[k].set(e, static_cast<typename Types::Weight>(weight));
-        momentum_buffer_[k].set(e, static_cast<typename Types::MomentumBuffer>(momentum_buffer));
-        if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
+        momentum_buffer_[k].set(e, encode(updated[k][e], gain[k], random.momentum_buffer.of(k, e)));
       }
-      store(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
-      if (tile.momentum_buffer != nullptr) {
-        store(momentum_buffer_[k], tile.momentum_buffer + first, !(misaligned & tile.kMomentumBuffer),
-              inside);
-      }
-      if constexpr (Types::kHasMaster) {
-        store(param, tile.param + first, !(misaligned & tile.kParam), inside);
-      }
+      store_momentum(tile, k, first, inside, misaligned);
     });
   }
 
   PackedWeight weight_[kVectorsPerThread];
   PackedGrad grad_[kVectorsPerThread];
   Packed<typename Types::MomentumBuffer, kVector> momentum_buffer_[kVectorsPerThread];
+  float scale_[kVectorsPerThread];  // of the blocks of int8 momentum
 };
 
 }  // namespace fused_lars

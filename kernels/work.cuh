@@ -69,7 +69,16 @@ __device__ __forceinline__ void look_up(const Parameters& p, const WorkItem& ite
   tile.param = nullptr;
   tile.master_follows = p.masters_follow;
   if constexpr (Types::kHasMaster) {
-    tile.param = locate(p.entry<typename Types::Param*>(p.params_of_masters, item.tensor), tile.kParam);
+    tile.param = locate(p.pointer<typename Types::Param>(p.params_of_masters, item.tensor), tile.kParam);
+  }
+  if constexpr (Types::kHasCodes) {
+    tile.momentum_scale = p.pointer<float>(p.momentum_scales, item.tensor) + offset / kScaleBlock;
+  }
+  if constexpr (Types::kMayRound) {
+    const auto* rng = p.pointer<const int64_t>(p.rng_states, item.tensor);
+    tile.rounds_weight = rng != nullptr && group.stochastic_rounding;
+    tile.rng = {};
+    if (rng != nullptr) tile.rng = {rng[0], rng[1], rng[2] + static_cast<int64_t>(offset)};
   }
   tile.count = item.tile + 1 == tiles ? row.last_tile : Types::kTile;
   tile.misaligned = misaligned;
@@ -121,7 +130,7 @@ __device__ __forceinline__ Coefficients<typename Types::Compute> update_coeffici
   const TensorRow& row = p.tensor(item.tensor);
   const GroupRow& group = p.group(row.group);
   if (p.trust_ratios != nullptr && item.tile == 0) p.trust_ratios[row.index] = q;
-  const float* step = p.steps == 0 ? nullptr : p.entry<const float*>(p.steps, item.tensor);
+  const auto* step = p.pointer<const float>(p.steps, item.tensor);
   return coefficients<typename Types::Compute>(group.hyperparameters, learning_rate(group), q, grad_scale(p),
                                                /*first_step=*/step != nullptr && *step == 0.0f);
 }
