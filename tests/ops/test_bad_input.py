@@ -367,7 +367,7 @@ def call(params, grads, buffers=(), op="step_", **options):
     rule = Rule(lr=0.1, momentum=0.9 if buffers else 0.0)
     values = {name: [getattr(rule, name)] for name in HYPERPARAMETERS}
     getattr(torch.ops.fused_lars, op)(
-        list(params), list(grads), list(buffers), [], [], [len(params)], **{**values, **options}
+        list(params), list(grads), list(buffers), [], [], [], [], [len(params)], **{**values, **options}
     )
 
 
@@ -754,7 +754,10 @@ def test_a_default_device_that_is_not_the_parameters():
     assert torch.equal(*params)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "maximize", "trust_clip", "decayed_norm", "master_weights"])
+@pytest.mark.parametrize(
+    "name",
+    ["nesterov", "maximize", "trust_clip", "decayed_norm", "master_weights", "stochastic_rounding"],
+)
 def test_a_switch_that_is_none(name):
     for value in ("no", None, 2):
         with pytest.raises(ValueError, match=rf"^{name} is {value!r}; allowed: True, False"):

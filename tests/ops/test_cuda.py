@@ -248,13 +248,13 @@ import fused_lars
 numbers = {"lr": 0.5, "trust_coefficient": 0.001, "momentum": 0, "weight_decay": 0, "eps": 0, "dampening": 0}
 options = {name: [value] for name, value in numbers.items()}
 switches = "nesterov maximize trust_clip layer_adaptation decayed_norm".split()
-switches += ["classic_momentum", "master_weights"]
+switches += ["classic_momentum", "master_weights", "stochastic_rounding"]
 options.update({name: [name in ("layer_adaptation", "classic_momentum")] for name in switches})
 
 # The op alone: a workspace would lie in the memory that the tensors claim below, which is refused.
 def train(steps):
     for _ in range(steps):
-        torch.ops.fused_lars.step_([param.detach()], [grad], [], [], [], [1], **options)
+        torch.ops.fused_lars.step_([param.detach()], [grad], [], [], [], [], [], [1], **options)
 
 param = torch.nn.Parameter(torch.ones(1024, device="cuda"))
 grad = torch.ones_like(param)
