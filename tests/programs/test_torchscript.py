@@ -162,9 +162,9 @@ def test_the_ops_run_in_the_interpreter(device):
         norms = torch.ops.fused_lars.squared_norms([param], [grad])
         torch.ops.fused_lars.step_(
             [param], [grad], [momentum_buffer], [], [], [], [], [1], lr=[0.5], momentum=[0.9],
-            weight_decay=[0.1], trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-            trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-            master_weights=[False], stochastic_rounding=[False],
+            weight_decay=[0.1], trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False],
+            maximize=[False], trust_clip=[False], layer_adaptation=[True], decayed_norm=[False],
+            classic_momentum=[True], master_weights=[False], stochastic_rounding=[False],
             squared_norms=norms,
         )  # fmt: skip
 
@@ -194,8 +194,8 @@ def step_tensor_lr(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.step_(
         [weight], [grad], [buffer], [], [], [], [], [1], lr=[torch.full([], 0.5)], momentum=[0.9],
         weight_decay=[0.1], trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False],
-        maximize=[False], trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-        master_weights=[False], stochastic_rounding=[False],
+        maximize=[False], trust_clip=[False], layer_adaptation=[True], decayed_norm=[False],
+        classic_momentum=[True], master_weights=[False], stochastic_rounding=[False],
     )  # fmt: skip
 
 
