@@ -45,7 +45,9 @@ TEST(Step, EverySizeAndAlignment) {
       want.emplace_back(params.back());
     }
     for (int step = 0; step < 2; ++step) {
-      fused_lars::step_(params, grads, buffers, {}, {}, {static_cast<int64_t>(params.size())}, {group});
+      const std::vector<int64_t> sizes{static_cast<int64_t>(params.size())};
+      fused_lars::step_({.params = params, .grads = grads, .momentum_buffers = buffers, .group_sizes = sizes},
+                        {group});
       for (size_t i = 0; i < want.size(); ++i) want[i].step(settings, grads[i]);
     }
     for (size_t i = 0; i < want.size(); ++i)
@@ -59,7 +61,9 @@ TEST(Step, BitsDoNotDependOnTheNumberOfThreads) {
   for (const int threads : {1, 2, 3}) {
     at::set_num_threads(threads);
     auto param = random_tensor({300, 1001}, 1), buffer = torch::zeros_like(param);
-    fused_lars::step_({param}, {random_tensor({300, 1001}, 2)}, {buffer}, {}, {}, {1}, {group});
+    const auto grad = random_tensor({300, 1001}, 2);
+    fused_lars::step_({.params = {param}, .grads = {grad}, .momentum_buffers = {buffer}, .group_sizes = {1}},
+                      {group});
     results.push_back(param);
   }
   at::set_num_threads(before);
@@ -71,7 +75,9 @@ TEST(Step, OptionsScaleSkipAndReport) {
   const auto start = random_tensor({40}, 1), grad = random_tensor({40}, 2);
   const auto step = [&](const torch::Tensor& gradient, const StepOptions& options) {
     auto param = start.clone(), buffer = torch::zeros_like(param);
-    fused_lars::step_({param}, {gradient}, {buffer}, {}, {}, {1}, {group}, options);
+    fused_lars::step_(
+        {.params = {param}, .grads = {gradient}, .momentum_buffers = {buffer}, .group_sizes = {1}}, {group},
+        options);
     return param;
   };
   const auto plain = step(grad, {});
@@ -104,8 +110,13 @@ TEST(Step, GroupsMastersAndStepsGoWhereTheyBelong) {
   expected::Parameter want_half(half), want_single(single), want_plain(plain);
   for (int step = 0; step < 3; ++step) {
     const auto half_grad = random_tensor({8}, 10 + step, torch::kHalf), grad = random_tensor({8}, 20 + step);
-    fused_lars::step_({half, single, plain}, {half_grad, grad, grad}, {half_buffer, single_buffer}, {master},
-                      steps, {2, 0, 1}, {damped, {}, {.lr = 0.1}});
+    fused_lars::step_({.params = {half, single, plain},
+                       .grads = {half_grad, grad, grad},
+                       .momentum_buffers = {half_buffer, single_buffer},
+                       .master_params = {master},
+                       .steps = steps,
+                       .group_sizes = {2, 0, 1}},
+                      {damped, {}, {.lr = 0.1}});
     want_half.step(damped_settings, half_grad);
     want_single.step(damped_settings, grad);
     want_plain.step({.lr = 0.1}, grad);
@@ -122,7 +133,8 @@ TEST(Step, FaultsAreNamedByListAndIndex) {
   const auto grad = torch::ones({2}), buffer = torch::zeros({2});
   const auto step = [&](at::TensorList grads, at::TensorList buffers, std::vector<int64_t> sizes = {2},
                         std::vector<Hyperparameters> groups = {group}) {
-    fused_lars::step_({a, b}, grads, buffers, {}, {}, sizes, groups);
+    fused_lars::step_({.params = {a, b}, .grads = grads, .momentum_buffers = buffers, .group_sizes = sizes},
+                      groups);
   };
   EXPECT_EQ(MESSAGE_OF(step({grad, grad}, {buffer, buffer}), fused_lars::ShapeMismatch),
             "grads[1] has shape [2]; expected the shape of its parameter, [3]");
@@ -143,9 +155,10 @@ TEST(Step, WhatIsWrittenNeedsMemoryOfItsOwn) {
   const auto own = [](int64_t size) { return random_tensor({size}, 2); };
   const auto message = [](at::TensorList params, at::TensorList grads, at::TensorList buffers,
                           const StepOptions& options = {}) {
-    return MESSAGE_OF(fused_lars::step_(params, grads, buffers, {}, {}, {static_cast<int64_t>(params.size())},
-                                        {group}, options),
-                      fused_lars::InvalidTensor);
+    const auto size = static_cast<int64_t>(params.size());
+    const fused_lars::StepLists lists{
+        .params = params, .grads = grads, .momentum_buffers = buffers, .group_sizes = size};
+    return MESSAGE_OF(fused_lars::step_(lists, {group}, options), fused_lars::InvalidTensor);
   };
   const auto shared = [](const char* later, const char* earlier) {
     return c10::str(later, " shares memory with ", earlier,
@@ -168,29 +181,46 @@ TEST(Step, WhatIsWrittenNeedsMemoryOfItsOwn) {
 
   // Neighbours do not, nor what is only read, nor tensors without elements.
   const auto grad = own(8);
-  fused_lars::step_({part(0, 8), part(8, 16), part(3, 3)}, {grad, grad, part(3, 3)},
-                    {part(16, 24), own(8), part(3, 3)}, {}, {}, {3}, {group},
-                    {.grad_scale = torch::ones({}), .found_inf = torch::zeros({})});
+  fused_lars::step_({.params = {part(0, 8), part(8, 16), part(3, 3)},
+                     .grads = {grad, grad, part(3, 3)},
+                     .momentum_buffers = {part(16, 24), own(8), part(3, 3)},
+                     .group_sizes = {3}},
+                    {group}, {.grad_scale = torch::ones({}), .found_inf = torch::zeros({})});
   EXPECT_FALSE(same_bits(all, before));
 }
 
 // A tensor that is not there is no tensor that is not needed.
 TEST(Step, UndefinedTensorsAreNamed) {
-  const auto param = random_tensor({4}, 1, torch::kHalf), before = param.clone(), grad = torch::ones({4});
+  const std::vector<at::Tensor> none{at::Tensor()}, half{random_tensor({4}, 1, torch::kHalf)};
+  const std::vector<at::Tensor> codes{torch::zeros({4}, torch::kChar)}, one{torch::ones({4})},
+      count{torch::zeros({1})}, rng_state{torch::zeros({3}, torch::kLong)};
+  const auto before = half[0].clone();
   const Hyperparameters all_state{
       .momentum = 0.9, .dampening = 0.5, .classic_momentum = false, .master_weights = true};
-  const std::vector<at::Tensor> none{at::Tensor()}, one{torch::zeros({4})}, count{torch::zeros({1})};
-  const auto message = [&](at::TensorList params, at::TensorList grads, at::TensorList buffers,
-                           at::TensorList masters, at::TensorList steps) {
-    return MESSAGE_OF(fused_lars::step_(params, grads, buffers, masters, steps, {1}, {all_state}),
-                      fused_lars::InvalidTensor);
+  const fused_lars::StepLists all{.params = half,
+                                  .grads = one,
+                                  .momentum_buffers = codes,
+                                  .master_params = one,
+                                  .steps = count,
+                                  .momentum_scales = count,
+                                  .rng_states = rng_state,
+                                  .group_sizes = {}};
+  const int64_t size = 1;
+  const auto message = [&](at::TensorList fused_lars::StepLists::* list) {
+    auto lists = all;
+    lists.group_sizes = size;
+    lists.*list = none;
+    return MESSAGE_OF(fused_lars::step_(lists, {all_state}), fused_lars::InvalidTensor);
   };
-  EXPECT_EQ(message(none, {grad}, one, one, count), "params[0] is undefined");
-  EXPECT_EQ(message({param}, none, one, one, count), "grads[0] is undefined");
-  EXPECT_EQ(message({param}, {grad}, none, one, count), "momentum_buffers[0] is undefined");
-  EXPECT_EQ(message({param}, {grad}, one, none, count), "master_params[0] is undefined");
-  EXPECT_EQ(message({param}, {grad}, one, one, none), "steps[0] is undefined");
-  EXPECT_TRUE(same_bits(param, before));
+  using Lists = fused_lars::StepLists;
+  EXPECT_EQ(message(&Lists::params), "params[0] is undefined");
+  EXPECT_EQ(message(&Lists::grads), "grads[0] is undefined");
+  EXPECT_EQ(message(&Lists::momentum_buffers), "momentum_buffers[0] is undefined");
+  EXPECT_EQ(message(&Lists::master_params), "master_params[0] is undefined");
+  EXPECT_EQ(message(&Lists::steps), "steps[0] is undefined");
+  EXPECT_EQ(message(&Lists::momentum_scales), "momentum_scales[0] is undefined");
+  EXPECT_EQ(message(&Lists::rng_states), "rng_states[0] is undefined");
+  EXPECT_TRUE(same_bits(half[0], before));
 }
 
 TEST(Step, AStepCountThatCannotBeWrittenIsFoundFirst) {
@@ -199,45 +229,100 @@ TEST(Step, AStepCountThatCannotBeWrittenIsFoundFirst) {
   const std::vector<at::Tensor> grads{torch::ones({4}), torch::ones({4})};
   const std::vector<at::Tensor> buffers{torch::zeros({4}), torch::zeros({4})};
   const Hyperparameters damped{.momentum = 0.9, .dampening = 0.5, .classic_momentum = false};
-  EXPECT_EQ(MESSAGE_OF(fused_lars::step_(params, grads, buffers, {},
-                                         {torch::zeros({1}), torch::zeros({1}).to_sparse()}, {2}, {damped}),
-                       fused_lars::InvalidTensor),
+  const std::vector<at::Tensor> steps{torch::zeros({1}), torch::zeros({1}).to_sparse()};
+  const int64_t size = 2;
+  const fused_lars::StepLists lists{
+      .params = params, .grads = grads, .momentum_buffers = buffers, .steps = steps, .group_sizes = size};
+  EXPECT_EQ(MESSAGE_OF(fused_lars::step_(lists, {damped}), fused_lars::InvalidTensor),
             "steps[1] has layout Sparse; allowed: Strided");
   EXPECT_TRUE(same_bits(params[0], before[0]) && same_bits(params[1], before[1]));
 }
 
 TEST(Step, WithoutParametersIsCheckedToo) {
+  using fused_lars::StepLists;
   const auto buffer = torch::zeros({2});
-  fused_lars::step_({}, {}, {}, {}, {}, {}, {});
-  fused_lars::step_({}, {}, {}, {}, {}, {0, 0}, {group, group},
+  const int64_t zero = 0, one = 1;
+  const StepLists empty{.params = {}, .grads = {}, .group_sizes = zero};
+  StepLists with_buffer = empty, with_grad = empty, with_size = empty;
+  with_buffer.momentum_buffers = buffer;
+  with_grad.grads = buffer;
+  with_size.group_sizes = one;
+  fused_lars::step_({.params = {}, .grads = {}}, {});
+  fused_lars::step_({.params = {}, .grads = {}, .group_sizes = {0, 0}}, {group, group},
                     {.trust_ratios = torch::zeros({0}, torch::kDouble)});
-  EXPECT_CONTAINS(
-      MESSAGE_OF(fused_lars::step_({}, {}, {buffer}, {}, {}, {0}, {group}), fused_lars::InvalidTensor),
-      "momentum_buffers has 1 tensors; expected 0");
-  MESSAGE_OF(fused_lars::step_({}, {buffer}, {}, {}, {}, {0}, {group}), fused_lars::InvalidTensor);
-  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {1}, {group}), fused_lars::InvalidTensor);
-  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {0}, {{.lr = -1}}), fused_lars::InvalidLearningRate);
-  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {}, {group}), fused_lars::InvalidOption);
-  MESSAGE_OF(fused_lars::step_({}, {}, {}, {}, {}, {0}, {group}, {.squared_norms = buffer}),
-             fused_lars::ShapeMismatch);
+  EXPECT_CONTAINS(MESSAGE_OF(fused_lars::step_(with_buffer, {group}), fused_lars::InvalidTensor),
+                  "momentum_buffers has 1 tensors; expected 0");
+  MESSAGE_OF(fused_lars::step_(with_grad, {group}), fused_lars::InvalidTensor);
+  MESSAGE_OF(fused_lars::step_(with_size, {group}), fused_lars::InvalidTensor);
+  MESSAGE_OF(fused_lars::step_(empty, {{.lr = -1}}), fused_lars::InvalidLearningRate);
+  MESSAGE_OF(fused_lars::step_({.params = {}, .grads = {}}, {group}), fused_lars::InvalidOption);
+  MESSAGE_OF(fused_lars::step_(empty, {group}, {.squared_norms = buffer}), fused_lars::ShapeMismatch);
 }
 
 TEST(Step, SizesOfGroupsThatOverflowAreFound) {
-  const auto a = torch::ones({2}), b = torch::ones({2});
+  const std::vector<at::Tensor> params{torch::ones({2}), torch::ones({2})};
+  const std::vector<at::Tensor> grads{torch::ones({2}), torch::ones({2})};
   const int64_t huge = std::numeric_limits<int64_t>::max();
-  EXPECT_CONTAINS(MESSAGE_OF(fused_lars::step_({a, b}, {torch::ones({2}), torch::ones({2})}, {}, {}, {},
-                                               {huge, huge, 4}, {{}, {}, {}}),
-                             fused_lars::InvalidTensor),
+  const std::vector<int64_t> sizes{huge, huge, 4};
+  const fused_lars::StepLists lists{.params = params, .grads = grads, .group_sizes = sizes};
+  EXPECT_CONTAINS(MESSAGE_OF(fused_lars::step_(lists, {{}, {}, {}}), fused_lars::InvalidTensor),
                   "sum to more than 2, the number of parameters");
-  EXPECT_TRUE(same_bits(a, torch::ones({2})));
+  EXPECT_TRUE(same_bits(params[0], torch::ones({2})));
 }
 
 TEST(Step, ErrorsNameTheFileButNotWhereItWasBuilt) {
   try {
-    fused_lars::step_({torch::ones({2})}, {torch::ones({3})}, {torch::zeros({2})}, {}, {}, {1}, {group});
+    fused_lars::step_({.params = {torch::ones({2})},
+                       .grads = {torch::ones({3})},
+                       .momentum_buffers = {torch::zeros({2})},
+                       .group_sizes = {1}},
+                      {group});
     FAIL();
   } catch (const fused_lars::ShapeMismatch& error) {
     EXPECT_CONTAINS(error.what(), " at csrc/checks.cpp:");
+  }
+}
+
+// What a buffer in 8 bits and a weight in 16 become, beside those in fp32. Sizes are those of blocks, at
+// every alignment: what AddressSanitizer should see.
+TEST(Step, RoundedStateOfEverySizeAndAlignment) {
+  std::vector<int64_t> sizes{127, 128, 129, 511, 512, 513, 4095, 4096, 4097, 12289};
+  for (int64_t size = 0; size <= 67; ++size) sizes.push_back(size);
+  std::vector<torch::Tensor> params, halves, grads, codes, scales, rng_states;
+  std::vector<expected::Parameter> want;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const int seed = static_cast<int>(i);
+    params.push_back(misaligned(random_tensor({sizes[i]}, seed), seed % 5));
+    halves.push_back(misaligned(random_tensor({sizes[i]}, seed, torch::kBFloat16), seed % 3));
+    grads.push_back(misaligned(random_tensor({sizes[i]}, seed + 1), seed % 3));
+    codes.push_back(misaligned(torch::zeros({sizes[i]}, torch::kChar), seed % 7));
+    scales.push_back(torch::zeros({(sizes[i] + 127) / 128}));
+    rng_states.push_back(torch::tensor({int64_t{1} << 32 | seed, int64_t{0}, int64_t{seed % 9}}));
+    want.emplace_back(params.back());
+  }
+  const auto states_of_halves = [&] {
+    std::vector<torch::Tensor> copies;
+    for (const auto& rng_state : rng_states) copies.push_back(rng_state.clone());
+    return copies;
+  }();
+  const std::vector<int64_t> group_sizes{static_cast<int64_t>(sizes.size())};
+  fused_lars::step_({.params = params,
+                     .grads = grads,
+                     .momentum_buffers = codes,
+                     .momentum_scales = scales,
+                     .rng_states = rng_states,
+                     .group_sizes = group_sizes},
+                    {group});
+  fused_lars::step_(
+      {.params = halves, .grads = grads, .rng_states = states_of_halves, .group_sizes = group_sizes},
+      {{.lr = 0.5, .trust_coefficient = 0.02, .stochastic_rounding = true}});
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    want[i].step(settings, grads[i]);
+    // The first update of a weight takes the momentum as it was before rounding.
+    expect_close(params[i], want[i], c10::str("of size ", sizes[i]));
+    EXPECT_TRUE(halves[i].isfinite().all().item<bool>());
+    EXPECT_EQ(rng_states[i][1].item<int64_t>(), 1);
+    EXPECT_EQ(states_of_halves[i][1].item<int64_t>(), 1);
   }
 }
 

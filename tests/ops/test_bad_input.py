@@ -359,6 +359,218 @@ def test_a_master_of_the_wrong_dtype():
         call_op([leaf])
 
 
+# ---------------------------------------------------------------- state of rounding that does not fit
+
+
+def make_rounded_leaves(device="cpu"):
+    """Leaves with int8 momentum of several blocks, of which the last one is bad in the tests."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes, rule = Dtypes(torch.float32, state=torch.int8), Rule(lr=0.1, momentum=0.9)
+    layouts = [Layouts(Layout(sizes)) for sizes in ((5,), (0,), (3, 4), (10, 30))]
+    return [make_leaf(f"{i}", of, dtypes, rule, device, generator) for i, of in enumerate(layouts)]
+
+
+BAD_ROUNDING_STATE = {
+    "scale missing": (
+        "momentum_scale",
+        lambda x: None,
+        r"momentum_scales has 3 tensors; expected 4, one for",
+    ),
+    "scale shape": (
+        "momentum_scale",
+        lambda x: x[:2],
+        r"momentum_scales\[3\] has shape \[2\]; expected \[3\]",
+    ),
+    "scale dimensions": (
+        "momentum_scale",
+        lambda x: x.view(3, 1),
+        r"momentum_scales\[3\] has shape \[3, 1\]; expected \[3\]",
+    ),
+    "scale dtype": (
+        "momentum_scale",
+        lambda x: x.double(),
+        r"momentum_scales\[3\] is Double on cpu with strides \[1\]; expected contiguous Float on cpu",
+    ),
+    "scale device": (
+        "momentum_scale",
+        lambda x: x.to("meta"),
+        r"momentum_scales\[3\] is Float on meta .*; expected contiguous Float on cpu",
+    ),
+    "scale strides": (
+        "momentum_scale",
+        lambda x: torch.ones(3, 2)[:, 0],
+        r"momentum_scales\[3\] is Float on cpu with strides \[2\]; expected contiguous Float on cpu",
+    ),
+    "scale layout": (
+        "momentum_scale",
+        lambda x: x.to_sparse(),
+        r"momentum_scales\[3\] has layout Sparse; allowed: Strided",
+    ),
+    "state missing": (
+        "rng_state",
+        lambda x: None,
+        r"rng_states has 3 tensors; expected 4, one for each param",
+    ),
+    "state shape": ("rng_state", lambda x: x[:2], r"rng_states\[3\] has shape \[2\]; expected \[3\]"),
+    "state dtype": (
+        "rng_state",
+        lambda x: x.int(),
+        r"rng_states\[3\] is Int on cpu with strides \[1\]; expected contiguous Long on cpu",
+    ),
+    "state device": (
+        "rng_state",
+        lambda x: x.to("meta"),
+        r"rng_states\[3\] is Long on meta .*; expected contiguous Long on cpu",
+    ),
+    "state strides": (
+        "rng_state",
+        lambda x: torch.ones(6, dtype=torch.int64)[::2],
+        r"rng_states\[3\] is Long on cpu with strides \[2\]; expected contiguous Long on cpu",
+    ),
+    "buffer with gaps": (
+        "momentum_buffer",
+        lambda x: torch.zeros(10, 40, dtype=torch.int8)[:, :30],
+        r"momentum_buffers\[3\] is int8 with strides \[40, 1\]; expected a dense tensor",
+    ),
+    "buffer expanded": (
+        "momentum_buffer",
+        lambda x: torch.zeros(30, dtype=torch.int8).expand(10, 30),
+        r"momentum_buffers\[3\] overlaps itself \(expanded, strides \[0, 1\]\)",
+    ),
+    "buffer unsigned": (
+        "momentum_buffer",
+        lambda x: x.view(torch.uint8),
+        r"momentum_(buffers\[3\] has dtype Byte; allowed|scales has 4 tensors; expected 3)",
+    ),
+    "buffer shape": (
+        "momentum_buffer",
+        lambda x: x.view(300),
+        r"momentum_buffers\[3\] has shape \[300\]; expected the shape of its parameter, \[10, 30\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_", "check_step"])
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"), BAD_ROUNDING_STATE.values(), ids=list(BAD_ROUNDING_STATE)
+)
+def test_bad_state_of_rounding_is_found_before_anything_is_written(op, name, spoil, message):
+    leaves = make_rounded_leaves()
+    before = snapshot(leaves)
+    good = getattr(leaves[3], name)
+    setattr(leaves[3], name, spoil(good))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call_op(leaves, op=op)
+    setattr(leaves[3], name, good)
+    assert_unchanged(leaves, before)
+    call_op(leaves, op=op)
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+@pytest.mark.parametrize(
+    ("param", "state", "allowed"),
+    [
+        (torch.float64, torch.int8, "Double: Double, Float"),
+        (torch.float64, torch.bfloat16, "Double: Double, Float"),
+        (torch.float64, torch.float16, "Double: Double, Float"),
+        (torch.float32, torch.float64, "Float: Float, BFloat16, Half, Char"),
+        (torch.float32, torch.int16, "Float: Float, BFloat16, Half, Char"),
+        (torch.bfloat16, torch.float16, "BFloat16: BFloat16, Float, Char"),
+        (torch.float16, torch.bfloat16, "Half: Half, Float, Char"),
+        (torch.bfloat16, torch.float64, "BFloat16: BFloat16, Float, Char"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("master", [False, True])
+def test_momentum_of_a_dtype_that_does_not_fit(op, param, state, allowed, master):
+    rule = Rule(momentum=0.9, master_weights=master)
+    dtypes = Dtypes(param, state=state, master=master and param in (torch.float16, torch.bfloat16))
+    generator = torch.Generator().manual_seed(0)
+    leaf = make_leaf("w", Layouts(Layout((4,))), dtypes, rule, "cpu", generator)
+    before = snapshot([leaf])
+    with pytest.raises(ValueError, match=rf"^momentum_buffers\[0\] has dtype \w+; allowed .* of {allowed}"):
+        call_op([leaf], op=op)
+    assert_unchanged([leaf], before)
+
+
+def test_lists_that_no_parameter_needs():
+    leaves = make_leaves()
+    before = snapshot(leaves)
+    leaves[0].momentum_scale = torch.ones(1)
+    with pytest.raises(ValueError, match=r"^momentum_scales has 1 tensors; expected 0, one for each int8"):
+        call_op(leaves)
+    leaves[0].momentum_scale, leaves[0].rng_state = None, torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"^rng_states has 1 tensors; expected 0, one for each .* rounded stochastically"
+    ):
+        call_op(leaves)
+    leaves[0].rng_state = None
+    assert_unchanged(leaves, before)
+
+
+def test_a_master_is_not_rounded_stochastically():
+    message = "Invalid stochastic_rounding value{}: true; allowed without master_weights only"
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=message.format("")):
+        LARS([param], master_weights=True, stochastic_rounding=True)
+    optimizer = LARS([param], lr=0.1, master_weights=True)
+    optimizer.param_groups[0]["stochastic_rounding"] = True
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=message.format(" in group 0")):
+        optimizer.step()
+    rule = Rule(master_weights=True, stochastic_rounding=True)
+    leaf = make_leaf(
+        "w",
+        Layouts(Layout((4,))),
+        Dtypes(torch.bfloat16, master=True),
+        rule,
+        "cpu",
+        torch.Generator().manual_seed(0),
+    )
+    for op in ("step_", "reference_step_", "check_step"):
+        with pytest.raises(ValueError, match=f"^{message.format(' in group 0')}"):
+            call_op([leaf], op=op)
+    assert bool((param == 1).all())
+
+
+@pytest.mark.parametrize("op", ["step_", "reference_step_"])
+def test_state_of_rounding_needs_memory_of_its_own(op, device):
+    leaves = make_rounded_leaves(device)
+    before = snapshot(leaves)
+
+    def expect(message, **shared):
+        old = {name: getattr(leaves[3], name) for name in shared}
+        for name, tensor in shared.items():
+            setattr(leaves[3], name, tensor)
+        with pytest.raises(ValueError, match=f"^{message}; every tensor that a step writes needs"):
+            call_op(leaves, op=op)
+        for name, tensor in old.items():
+            setattr(leaves[3], name, tensor)
+
+    expect(
+        r"momentum_scales\[3\] shares memory with params\[3\]",
+        momentum_scale=leaves[3].param.view(-1)[290:293],
+    )
+    expect(
+        r"momentum_scales\[3\] shares memory with grads\[3\]",
+        momentum_scale=leaves[3].grad.view(-1)[:3],
+    )
+    memory = torch.zeros(8, dtype=torch.int64, device=device)
+    expect(
+        r"rng_states\[3\] shares memory with momentum_scales\[3\]",
+        rng_state=memory[:3],
+        momentum_scale=memory.view(torch.float32)[4:7],
+    )
+    expect(r"rng_states\[3\] shares memory with rng_states\[2\]", rng_state=leaves[2].rng_state)
+    codes = torch.zeros(304, dtype=torch.int8, device=device)
+    expect(
+        r"momentum_scales\[3\] shares memory with momentum_buffers\[3\]",
+        momentum_buffer=codes[:300].view(10, 30),
+        momentum_scale=codes.view(torch.float32)[73:76],
+    )
+    assert_unchanged(leaves, before)
+
+
 # ---------------------------------------------------------------- memory that a step would write twice
 
 
@@ -367,7 +579,7 @@ def call(params, grads, buffers=(), op="step_", **options):
     rule = Rule(lr=0.1, momentum=0.9 if buffers else 0.0)
     values = {name: [getattr(rule, name)] for name in HYPERPARAMETERS}
     getattr(torch.ops.fused_lars, op)(
-        list(params), list(grads), list(buffers), [], [], [len(params)], **{**values, **options}
+        list(params), list(grads), list(buffers), [], [], [], [], [len(params)], **{**values, **options}
     )
 
 
@@ -754,7 +966,10 @@ def test_a_default_device_that_is_not_the_parameters():
     assert torch.equal(*params)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "maximize", "trust_clip", "decayed_norm", "master_weights"])
+@pytest.mark.parametrize(
+    "name",
+    ["nesterov", "maximize", "trust_clip", "decayed_norm", "master_weights", "stochastic_rounding"],
+)
 def test_a_switch_that_is_none(name):
     for value in ("no", None, 2):
         with pytest.raises(ValueError, match=rf"^{name} is {value!r}; allowed: True, False"):

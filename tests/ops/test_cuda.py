@@ -31,12 +31,13 @@ def groups_of(params) -> list[dict]:
 
 def state_of(optimizer) -> list[torch.Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [x.detach().clone() for p in params for x in (p, optimizer.state[p]["momentum_buffer"])]
+    return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
 
 
+@pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "int8"])
 @pytest.mark.parametrize("decayed_norm", [False, True])
-def test_captured_steps_are_eager_steps_cuda(decayed_norm):
-    """A replay follows a new lr and new gradients. An overflow in between changes nothing."""
+def test_captured_steps_are_eager_steps_cuda(decayed_norm, momentum_dtype):
+    """A replay follows a new lr and new gradients, and draws new bits. An overflow changes nothing."""
     script = [(0.5, 1.0, 0.0), (0.25, -2.0, 0.0), (0.25, 3.0, 1.0), (0.125, 3.0, 0.0), (0.125, 1.0, 2.0)]
 
     def prepare():
@@ -44,6 +45,7 @@ def test_captured_steps_are_eager_steps_cuda(decayed_norm):
         optimizer = LARS(groups_of(params), lr=torch.tensor(0.5, device="cuda"), capturable=True, **OPTIONS)
         for group in optimizer.param_groups:
             group["decayed_norm"] = decayed_norm
+            group["momentum_dtype"] = momentum_dtype
         optimizer.grad_scale = torch.tensor(4.0, device="cuda")
         optimizer.found_inf = torch.tensor(0.0, device="cuda")
         first = [p.grad.clone() for p in params]
@@ -183,8 +185,20 @@ def test_a_workspace_serves_a_larger_step_after_a_smaller_cuda():
 
 
 @pytest.mark.parametrize("only_grads", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float64, {}),
+        (torch.float32, {"momentum_dtype": torch.float16}),
+        (torch.float32, {"momentum_dtype": "int8"}),
+        (torch.bfloat16, {"stochastic_rounding": True}),
+        (torch.bfloat16, {"stochastic_rounding": True, "momentum_dtype": "int8"}),
+    ],
+    ids=str,
+)
+def test_misaligned_tensors_get_the_same_bits_cuda(dtype, rounding, only_grads):
     """The scalar path sums and updates like the vector path. DDP's bucket views misalign gradients."""
 
     def shifted(x):
@@ -196,7 +210,7 @@ def test_misaligned_tensors_get_the_same_bits_cuda(dtype, only_grads):
     moved = [nn.Parameter(p.detach().clone() if only_grads else shifted(p.detach())) for p in params]
     for p, m in zip(params, moved):
         m.grad = shifted(p.grad)
-    optimizers = [LARS(x, lr=0.5, **OPTIONS) for x in (params, moved)]
+    optimizers = [LARS(x, lr=0.5, **OPTIONS, **rounding) for x in (params, moved)]
     for _ in range(2):
         for optimizer in optimizers:
             optimizer.step()
@@ -248,13 +262,13 @@ import fused_lars
 numbers = {"lr": 0.5, "trust_coefficient": 0.001, "momentum": 0, "weight_decay": 0, "eps": 0, "dampening": 0}
 options = {name: [value] for name, value in numbers.items()}
 switches = "nesterov maximize trust_clip layer_adaptation decayed_norm".split()
-switches += ["classic_momentum", "master_weights"]
+switches += ["classic_momentum", "master_weights", "stochastic_rounding"]
 options.update({name: [name in ("layer_adaptation", "classic_momentum")] for name in switches})
 
 # The op alone: a workspace would lie in the memory that the tensors claim below, which is refused.
 def train(steps):
     for _ in range(steps):
-        torch.ops.fused_lars.step_([param.detach()], [grad], [], [], [], [1], **options)
+        torch.ops.fused_lars.step_([param.detach()], [grad], [], [], [], [], [], [1], **options)
 
 param = torch.nn.Parameter(torch.ones(1024, device="cuda"))
 grad = torch.ones_like(param)

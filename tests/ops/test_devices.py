@@ -59,6 +59,20 @@ def test_cpu_and_meta_in_one_group():
     assert buffer.shape == meta.shape
 
 
+def test_momentum_in_8_bits_on_meta():
+    meta = nn.Parameter(torch.empty(5, 60, dtype=torch.bfloat16, device="meta"))
+    optimizer = train([meta], momentum_dtype="int8", stochastic_rounding=True)
+    state = optimizer.state[meta]
+    assert {name: (x.device.type, x.dtype, tuple(x.shape)) for name, x in state.items()} == {
+        "momentum_buffer": ("meta", torch.int8, (5, 60)),
+        "momentum_scale": ("meta", torch.float32, (3,)),
+        "rng_state": ("meta", torch.int64, (3,)),
+    }
+    state["rng_state"] = torch.empty(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"rng_states\[0\] has shape \[2\]; expected \[3\]"):
+        optimizer.step()
+
+
 def test_meta_tensors_are_checked_too():
     meta = nn.Parameter(torch.empty(5, 6, device="meta"))
     optimizer = train([meta])

@@ -9,7 +9,7 @@ from torch import nn
 from fused_lars import LARS
 from layouts import Layout, Layouts
 from reference import Rule
-from stepping import Dtypes, call_op, make_leaf
+from stepping import STATE, Dtypes, call_op, make_leaf
 
 NUMEL = 300_000
 
@@ -41,6 +41,8 @@ def test_the_measure_sees_a_temporary():
         Dtypes(torch.bfloat16, torch.float32),
         Dtypes(torch.float16, torch.float16, torch.float32, master=True),
         Dtypes(torch.float64, torch.float32),
+        Dtypes(torch.float32, torch.float32, torch.int8),
+        Dtypes(torch.bfloat16, stochastic=True),
     ],
     ids=str,
 )
@@ -48,7 +50,7 @@ def test_the_measure_sees_a_temporary():
     "layout", [Layout((NUMEL,)), Layout((500, 600), (1, 500)), Layout((NUMEL,), None, 1)], ids=str
 )
 def test_no_parameter_sized_temporaries(dtypes, layout, generator):
-    rule = Rule(momentum=0.9, nesterov=True, weight_decay=0.1, master_weights=dtypes.master)
+    rule = Rule(momentum=0.9, nesterov=True, weight_decay=0.1, **dtypes.switches)
     leaf = make_leaf("w", Layouts(layout), dtypes, rule, "cpu", generator)
     assert peak_bytes(lambda: call_op([leaf])) < NUMEL / 10
 
@@ -66,7 +68,9 @@ def test_the_optimizer_keeps_no_more_than_its_state(generator):
 @pytest.mark.parametrize("op", ["step_", "reference_step_"])
 def test_versions_of_what_is_written_are_bumped(op, device, generator):
     rule = Rule(momentum=0.9, dampening=0.1, classic_momentum=False, master_weights=True)
-    leaf = make_leaf("w", Layouts(Layout((8,))), Dtypes(torch.bfloat16, master=True), rule, device, generator)
+    dtypes = Dtypes(torch.bfloat16, state=torch.int8, master=True)  # with every kind of state
+    leaf = make_leaf("w", Layouts(Layout((8,))), dtypes, rule, device, generator)
+    assert {"param", "grad", *STATE} == {*leaf.tensors()}
     before = {name: tensor._version for name, tensor in leaf.tensors().items()}
     ratios = call_op([leaf], op=op)
     for name, tensor in leaf.tensors().items():

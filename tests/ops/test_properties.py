@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES
+from cases import DTYPES, ROUNDED_DTYPES
 from layouts import Layout, Layouts
 from reference import Rule
 from stepping import IMPLEMENTATIONS, Dtypes, check_step, make_leaf
@@ -57,7 +57,7 @@ def rules(draw):
         layer_adaptation=draw(st.booleans()),
         decayed_norm=draw(st.booleans()),
         classic_momentum=classic,
-        master_weights=draw(st.booleans()),
+        **draw(st.sampled_from([{}, {"master_weights": True}, {"stochastic_rounding": True}])),
     )
 
 
@@ -69,7 +69,7 @@ def steps(draw, device):
     for _ in range(draw(st.integers(1, 3))):
         rule = draw(rules())
         for k in range(draw(st.integers(1, 3))):
-            dtypes = draw(st.sampled_from(list(DTYPES.values())))
+            dtypes = draw(st.sampled_from([*DTYPES.values(), *ROUNDED_DTYPES.values()]))
             is_half = dtypes.param in (torch.float16, torch.bfloat16)
             dtypes = Dtypes(dtypes.param, dtypes.grad, dtypes.state, rule.master_weights and is_half)
             leaves.append(make_leaf(f"{k}", draw(parameter_layouts()), dtypes, rule, device, generator))

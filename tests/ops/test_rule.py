@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import BF16, DTYPES, F16, F32, F64, OPTIONS
+from cases import BF16, DTYPES, F16, F32, F64, FEW_OPTIONS, INT8, OPTIONS, ROUNDED_DTYPES
 from layouts import LAYOUTS
 from reference import Rule
 from stepping import IMPLEMENTATIONS, Dtypes, call_op, check_step, make_leaf, same_bits
@@ -17,7 +17,18 @@ def make_leaves(rule, dtypes, device, generator):
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_step(implementation, dtypes, options, device, generator):
-    rule = Rule(**options, master_weights=dtypes.master)
+    check_steps(implementation, dtypes, options, device, generator)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtypes", ROUNDED_DTYPES.values(), ids=ROUNDED_DTYPES)
+@pytest.mark.parametrize("name", FEW_OPTIONS)
+def test_step_with_stochastic_rounding(implementation, dtypes, name, device, generator):
+    check_steps(implementation, dtypes, OPTIONS[name], device, generator)
+
+
+def check_steps(implementation, dtypes, options, device, generator):
+    rule = Rule(**options, **dtypes.switches)
     leaves = make_leaves(rule, dtypes, device, generator)
     check_step(implementation, leaves)
     if rule.dampening > 0:  # dampening does not apply to the first step
@@ -31,9 +42,19 @@ def test_step(implementation, dtypes, options, device, generator):
     ids=["classic", "torch", "decayed norm"],
 )
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("dtypes", [Dtypes(F32), Dtypes(F64), Dtypes(F16, F16, F32, master=True)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        Dtypes(F32),
+        Dtypes(F64),
+        Dtypes(F16, F16, F32, master=True),
+        Dtypes(F32, F32, INT8),
+        Dtypes(F16, stochastic=True),
+    ],
+    ids=str,
+)
 def test_scaled_gradients(implementation, options, found_inf, dtypes, device, generator):
-    leaves = make_leaves(Rule(**options, master_weights=dtypes.master), dtypes, device, generator)
+    leaves = make_leaves(Rule(**options, **dtypes.switches), dtypes, device, generator)
     for leaf in leaves:
         leaf.grad.copy_(leaf.grad.clone() * 512) if min(leaf.grad.stride(), default=1) > 0 else None
     scale, found = torch.tensor(512.0, device=device), torch.tensor(found_inf, device=device)
@@ -51,11 +72,12 @@ def test_tensor_lr(implementation, options, device, generator):
 def test_all_groups_and_dtypes_in_one_call(implementation, device, generator):
     leaves = []
     for i, options in enumerate(OPTIONS.values()):
-        for master in (False, True):
-            rule = Rule(**options, master_weights=master)
-            of_group = [dtypes for dtypes in DTYPES.values() if dtypes.master == master]
-            # fp32 and fp64 parameters are their own masters.
-            of_group += [Dtypes(F32), Dtypes(F64)] if master else []
+        for switches in ({}, {"master_weights": True}, {"stochastic_rounding": True}):
+            rule = Rule(**options, **switches)
+            every = [*DTYPES.values(), *ROUNDED_DTYPES.values()]
+            of_group = [dtypes for dtypes in every if Rule(**options, **dtypes.switches) == rule]
+            # fp32 and fp64 parameters are their own masters and are not rounded.
+            of_group += [Dtypes(F32), Dtypes(F64)] if switches else []
             for k, dtypes in enumerate(of_group):
                 name = list(LAYOUTS)[(7 * i + k) % len(LAYOUTS)]
                 leaves.append(make_leaf(name, LAYOUTS[name], dtypes, rule, device, generator))

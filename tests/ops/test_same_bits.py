@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+from cases import DTYPES, FEW_OPTIONS, OPTIONS, ROUNDED_DTYPES
 from fused_lars import LARS
-from layouts import Layout, Layouts
+from layouts import LAYOUTS, Layout, Layouts
 from paths import ROOT
 from python_program import environment
 from reference import Rule
@@ -66,3 +67,31 @@ def test_the_update_of_every_implementation_is_one_arithmetic(options, device):
             optimizer.step()
         results.append(param)
     assert same_bits(*results)
+
+
+# In fp64 the last bit of a trust ratio shows.
+COMPUTED_IN_FP32 = {
+    name: dtypes for name, dtypes in {**DTYPES, **ROUNDED_DTYPES}.items() if dtypes.param != torch.float64
+}
+
+
+@pytest.mark.parametrize("dtypes", COMPUTED_IN_FP32.values(), ids=COMPUTED_IN_FP32)
+def test_from_the_same_norms_the_reference_gives_the_same_bits(dtypes, device):
+    """It draws the same random bits and numbers elements alike, in every layout."""
+    every = []
+    for op in ("step_", "reference_step_"):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            make_leaf(f"{name}, {layout}", of, dtypes, Rule(**options, **dtypes.switches), device, generator)
+            for name, options in ((name, OPTIONS[name]) for name in FEW_OPTIONS)
+            for layout, of in LAYOUTS.items()
+        ]
+        norms = torch.ops.fused_lars.squared_norms(
+            [leaf.weight for leaf in leaves], [leaf.grad for leaf in leaves]
+        )
+        for _ in range(2):
+            call_op(leaves, squared_norms=norms, op=op)
+        every.append(leaves)
+    for leaf, other in zip(*every):
+        for name, tensor in leaf.tensors().items():
+            assert same_bits(tensor, other.tensors()[name]), f"{name} of {leaf.name}"

@@ -14,8 +14,9 @@ RULE = Rule(lr=0.5, momentum=0.6, weight_decay=0.3, trust_coefficient=0.7)
 def test_3000_tensors(device, generator):
     """More than a kernel's parameters hold, with sizes around a vector's and a block's. The last is empty."""
     sizes = [(1, 3, 4, 17, 31, 64, 130, 257)[i % 8] for i in range(2999)] + [0]
+    dtypes = Dtypes(torch.float32), Dtypes(torch.float32, state=torch.int8)
     leaves = [
-        make_leaf(f"{i}", Layouts(Layout((n,))), Dtypes(torch.float32), RULE, device, generator)
+        make_leaf(f"{i}", Layouts(Layout((n,))), dtypes[i % 3 == 0], RULE, device, generator)
         for i, n in enumerate(sizes)
     ]
     check_step("op", leaves)

@@ -24,6 +24,7 @@ OPTIONS = {
     "decayed_norm": [True, False],
     "classic_momentum": [False, True],
     "master_weights": [True, False],
+    "stochastic_rounding": [False, True],
 }
 LR = [0.5, 0.25]
 
@@ -46,20 +47,25 @@ def backend(request, device) -> str:
 
 
 def step_arguments(device, requires_grad=False):
-    """Two groups of a step: an fp32 and a bf16 parameter with every kind of state, and one with none."""
+    """Two groups of a step: an fp32 and a bf16 parameter with every kind of state, and one with none.
+
+    The fp32 one has an int8 buffer. The last one is bf16 and rounded stochastically.
+    """
 
     def tensor(*shape, dtype=torch.float32):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     generator = torch.Generator().manual_seed(0)
-    params = [tensor(5, 3), tensor(4, dtype=torch.bfloat16), tensor(7)]
+    params = [tensor(5, 30), tensor(4, dtype=torch.bfloat16), tensor(7, dtype=torch.bfloat16)]
     grads = [torch.ones_like(p) for p in params]
     for p in params:
         p.requires_grad_(requires_grad)
-    buffers = [tensor(5, 3), tensor(4)]
+    buffers = [(40 * tensor(5, 30)).clamp(-127, 127).to(torch.int8), tensor(4)]
     masters = [params[1].detach().float()]
     steps = [torch.zeros((), device=device) for _ in range(2)]
-    return params, grads, buffers, masters, steps, [2, 1]
+    scales = [torch.rand(2, generator=generator).to(device)]
+    rng_states = [torch.tensor([5 << 32 | i, 0, 3 * i], device=device) for i in range(2)]
+    return params, grads, buffers, masters, steps, scales, rng_states, [2, 1]
 
 
 def optional_arguments(device):
@@ -91,7 +97,11 @@ def every_op(device):
         options = {"weight_decay": [0.5, 0.0], "maximize": [True, False], "decayed_norm": [True, False]}
         options.update(grad_scale=scale, workspace=workspace)
         yield OPS.squared_norms.groups, (params, grads, [2, 1]), options
-    numbers, switches = (1.0, 0.9, 0.0, 0.001, 0.0, 0.0), (False, False, False, True, False, True, False)
+    momentum = torch.randn(5, 30).to(device)
+    yield OPS.encode_momentum.default, (momentum,), {}
+    yield OPS.decode_momentum.default, OPS.encode_momentum(momentum), {}
+    numbers = 1.0, 0.9, 0.0, 0.001, 0.0, 0.0
+    switches = False, False, False, True, False, True, False, False
     yield OPS.check_hyperparameters.default, (*numbers, *switches), {}
 
 
@@ -106,8 +116,8 @@ def test_opcheck(device):
 
 
 def mutated(args) -> list[torch.Tensor]:
-    params, _, buffers, masters, steps, _ = args
-    return [*params, *buffers, *masters, *steps]
+    params, _, *state, _ = args
+    return [tensor for tensors in (params, *state) for tensor in tensors]
 
 
 def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]):
@@ -116,9 +126,10 @@ def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]):
 
 
 def test_a_step_compiles_to_one_graph(device, backend):
-    def step(params, grads, buffers, masters, steps, sizes):
+    def step(params, grads, buffers, masters, steps, scales, rng_states, sizes):
         norms = OPS.squared_norms(params, grads)
-        OPS.step_(params, grads, buffers, masters, steps, sizes, lr=LR, **OPTIONS, squared_norms=norms)
+        state = buffers, masters, steps, scales, rng_states
+        OPS.step_(params, grads, *state, sizes, lr=LR, **OPTIONS, squared_norms=norms)
         return params[0] * 2
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -129,8 +140,9 @@ def test_a_step_compiles_to_one_graph(device, backend):
 
 
 class Step(torch.nn.Module):
-    def forward(self, params, grads, buffers, masters, steps, lr):
-        OPS.step_.tensor_lr(params, grads, buffers, masters, steps, [2, 1], lr=lr, **OPTIONS)
+    def forward(self, params, grads, buffers, masters, steps, scales, rng_states, lr):
+        state = buffers, masters, steps, scales, rng_states
+        OPS.step_.tensor_lr(params, grads, *state, [2, 1], lr=lr, **OPTIONS)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -23,6 +23,7 @@ OPTIONS = {
     "decayed_norm": [True],
     "classic_momentum": [True],
     "master_weights": [False],
+    "stochastic_rounding": [False],
 }
 
 
@@ -89,8 +90,9 @@ def training_step(loss, count, op):
     def step(*inputs):
         params, buffers, (x, y, lr) = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
         gradients, value = torch.func.grad_and_value(loss)(params, x, y)
-        # fp32 parameters have no masters and, without dampening, no step counts. So these lists are empty.
-        op(list(params), list(gradients), list(buffers), [], [], [count], lr=[lr], **OPTIONS)
+        # fp32 parameters have no masters and, without dampening, no step counts. Nothing is rounded. So these
+        # lists are empty.
+        op(list(params), list(gradients), list(buffers), [], [], [], [], [count], lr=[lr], **OPTIONS)
         return value
 
     return step
@@ -125,7 +127,8 @@ def test_gradients_through_a_step(view):
 
     def loss(weight, grad):
         stepped, buffer = weight.clone(), torch.zeros_like(weight)
-        OPS.reference_step_([view(stepped)], [view(grad)], [view(buffer)], [], [], [1], lr=[0.5], **OPTIONS)
+        tensors = [view(stepped)], [view(grad)], [view(buffer)]
+        OPS.reference_step_(*tensors, [], [], [], [], [1], lr=[0.5], **OPTIONS)
         return stepped.square().sum()
 
     leaf = weight.clone().requires_grad_()

@@ -161,10 +161,10 @@ def test_the_ops_run_in_the_interpreter(device):
     def step(param: torch.Tensor, grad: torch.Tensor, momentum_buffer: torch.Tensor):
         norms = torch.ops.fused_lars.squared_norms([param], [grad])
         torch.ops.fused_lars.step_(
-            [param], [grad], [momentum_buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
-            trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-            trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-            master_weights=[False],
+            [param], [grad], [momentum_buffer], [], [], [], [], [1], lr=[0.5], momentum=[0.9],
+            weight_decay=[0.1], trust_coefficient=[0.02], eps=[0.0], dampening=[0.0], nesterov=[False],
+            maximize=[False], trust_clip=[False], layer_adaptation=[True], decayed_norm=[False],
+            classic_momentum=[True], master_weights=[False], stochastic_rounding=[False],
             squared_norms=norms,
         )  # fmt: skip
 
@@ -183,28 +183,28 @@ def test_the_ops_run_in_the_interpreter(device):
 
 def step_(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.step_(
-        [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
+        [weight], [grad], [buffer], [], [], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
         trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
         trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-        master_weights=[False],
+        master_weights=[False], stochastic_rounding=[False],
     )  # fmt: skip
 
 
 def step_tensor_lr(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.step_(
-        [weight], [grad], [buffer], [], [], [1], lr=[torch.full([], 0.5)], momentum=[0.9], weight_decay=[0.1],
-        trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
-        trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-        master_weights=[False],
+        [weight], [grad], [buffer], [], [], [], [], [1], lr=[torch.full([], 0.5)], momentum=[0.9],
+        weight_decay=[0.1], trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False],
+        maximize=[False], trust_clip=[False], layer_adaptation=[True], decayed_norm=[False],
+        classic_momentum=[True], master_weights=[False], stochastic_rounding=[False],
     )  # fmt: skip
 
 
 def reference_step_(weight: Tensor, grad: Tensor, buffer: Tensor):
     torch.ops.fused_lars.reference_step_(
-        [weight], [grad], [buffer], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
+        [weight], [grad], [buffer], [], [], [], [], [1], lr=[0.5], momentum=[0.9], weight_decay=[0.1],
         trust_coefficient=[0.2], eps=[0.0], dampening=[0.0], nesterov=[False], maximize=[False],
         trust_clip=[False], layer_adaptation=[True], decayed_norm=[False], classic_momentum=[True],
-        master_weights=[False],
+        master_weights=[False], stochastic_rounding=[False],
     )  # fmt: skip
 
 

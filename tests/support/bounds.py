@@ -19,6 +19,12 @@ w             Coefficient and product with step_size: q + 13 of the absolute val
               subtraction adds 1 of |w|.
 storage       Half a unit in the last place of the stored dtype: its unit roundoff times the value, or half of
               its smallest number.
+stochastic    A number is rounded to one of its two neighbours. So the error is up to a whole unit in the last
+              place: twice the unit roundoff times the value, or the smallest number.
+int8          A block whose largest magnitude is L has the scale L / 127, rounded in the division (2^-24) and
+              then to 17 significant bits (2^-17). A code is x * 127 / L, rounded to one of its two
+              neighbours: less than one scale. The code times the scale also has the scale's relative error.
+              No scale is below 2^-126.
 
 SLACK covers the products of errors that a first-order bound leaves out.
 """
@@ -40,6 +46,11 @@ SMALLEST = {
     torch.bfloat16: 2.0**-133,
 }
 _TILE = 4096
+
+# int8 momentum: elements that share a scale, and the relative error of a scale.
+BLOCK = 128
+SCALE_ERROR = 2.0**-17 + 2.0**-24
+LEAST_SCALE = 2.0**-126
 
 
 def norm_error(dtype: torch.dtype, numel: int) -> float:
@@ -73,3 +84,18 @@ def compute_errors(result, weight_dtype, grad_dtype) -> tuple[np.ndarray, np.nda
 def stored(value, error, dtype) -> np.ndarray:
     """The error of `value` after it is stored as `dtype`, if its error was `error` before."""
     return error + np.maximum(ROUNDOFF[dtype] * (np.abs(value) + error), SMALLEST[dtype] / 2)
+
+
+def stored_stochastically(value, error, dtype) -> np.ndarray:
+    """Like stored(), of a value that is rounded stochastically."""
+    return error + np.maximum(2 * ROUNDOFF[dtype] * (np.abs(value) + error), SMALLEST[dtype])
+
+
+def stored_in_int8(value, error) -> np.ndarray:
+    """Like stored(), of a vector of int8 momentum in the order of memory."""
+    most = np.abs(value) + error
+    padded = np.zeros(-(-most.size // BLOCK) * BLOCK)
+    padded[: most.size] = most
+    largest = padded.reshape(-1, BLOCK).max(axis=1).repeat(BLOCK)[: most.size]
+    scale = np.maximum(largest / 127 * (1 + SCALE_ERROR), LEAST_SCALE)
+    return error + scale + SCALE_ERROR * most

@@ -5,6 +5,7 @@ import torch
 from stepping import Dtypes
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+INT8 = torch.int8
 
 DTYPES = {
     "fp32": Dtypes(F32),
@@ -17,11 +18,23 @@ DTYPES = {
     "bf16, grad and momentum fp32": Dtypes(BF16, F32, F32),
     "bf16, master": Dtypes(BF16, BF16, F32, master=True),
     "bf16, master, grad fp32": Dtypes(BF16, F32, F32, master=True),
-    "bf16, master, momentum bf16": Dtypes(BF16, BF16, BF16, master=True),
     "fp16": Dtypes(F16),
     "fp16, grad fp32": Dtypes(F16, F32),
     "fp16, momentum fp32": Dtypes(F16, F16, F32),
     "fp16, master": Dtypes(F16, F16, F32, master=True),
+}
+
+# These are rounded stochastically.
+ROUNDED_DTYPES = {
+    "fp32, momentum bf16": Dtypes(F32, F32, BF16),
+    "fp32, momentum fp16": Dtypes(F32, F32, F16),
+    "fp32, momentum int8": Dtypes(F32, F32, INT8),
+    "bf16, stochastic": Dtypes(BF16, stochastic=True),
+    "fp16, stochastic": Dtypes(F16, stochastic=True),
+    "bf16, momentum int8": Dtypes(BF16, BF16, INT8),
+    "bf16, stochastic, grad fp32, momentum int8": Dtypes(BF16, F32, INT8, stochastic=True),
+    "bf16, master, momentum bf16": Dtypes(BF16, BF16, BF16, master=True),
+    "bf16, master, momentum int8": Dtypes(BF16, BF16, INT8, master=True),
 }
 
 # With these values an update is about as large as the weight, so a wrong term shows in bf16 too.
@@ -54,3 +67,13 @@ OPTIONS = {
     ),
     "everything torch": dict(_TORCH, dampening=0.2, maximize=True, trust_clip=True, eps=0.5),
 }
+
+# For what costs too much time with all of them.
+FEW_OPTIONS = (
+    "plain",
+    "classic momentum",
+    "torch nesterov",
+    "dampening",
+    "everything classic",
+    "everything with a decayed norm",
+)

@@ -22,8 +22,20 @@ class Layout:
             strides = torch.empty(self.sizes, device="meta").stride()
         last = sum((n - 1) * stride for n, stride in zip(self.sizes, strides)) if 0 not in self.sizes else -1
         storage = torch.randn(self.offset + last + 1 + 3, generator=generator, dtype=torch.float64)
+        if dtype == torch.int8:  # codes of 8-bit momentum
+            storage = (40 * storage).round().clamp(-127, 127)
         storage = storage.to(dtype).to(device)
         return storage.as_strided(self.sizes, strides, self.offset)
+
+    def dense(self) -> "Layout":
+        """The layout without gaps that has the elements in the same order in memory."""
+        if self.strides is None:
+            return self
+        strides, step = [0] * len(self.sizes), 1
+        for d in sorted(range(len(self.sizes)), key=self.strides.__getitem__):
+            strides[d] = step
+            step *= max(self.sizes[d], 1)
+        return Layout(self.sizes, tuple(strides), self.offset)
 
 
 @dataclass(frozen=True)

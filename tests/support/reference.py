@@ -22,6 +22,7 @@ class Rule:
     decayed_norm: bool = False
     classic_momentum: bool = True
     master_weights: bool = False
+    stochastic_rounding: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """Makes a step by any implementation, with any layout and dtype, and checks it against reference.py."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import bounds
 import reference
+import rounding
 import torch_versions
 from fused_lars import LARS
-from layouts import Layouts, outside
+from layouts import Layout, Layouts, outside
 from reference import Rule
 
 IMPLEMENTATIONS = ("fused", "foreach", "op")
 HYPERPARAMETERS = [field.name for field in dataclasses.fields(Rule)]
+STATE = ("momentum_buffer", "master_param", "step", "momentum_scale", "rng_state")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -24,6 +28,12 @@ class Dtypes:
     grad: torch.dtype | None = None
     state: torch.dtype | None = None  # of the momentum buffer
     master: bool = False
+    stochastic: bool = False
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """The options of a rule that these dtypes need."""
+        return {"master_weights": self.master, "stochastic_rounding": self.stochastic}
 
 
 @dataclass
@@ -37,13 +47,28 @@ class Leaf:
     momentum_buffer: Tensor | None = None
     master_param: Tensor | None = None
     step: Tensor | None = None
+    momentum_scale: Tensor | None = None
+    rng_state: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         return self.param if self.master_param is None else self.master_param
 
+    @property
+    def rounds_weight(self) -> bool:
+        """Whether a step rounds the weight stochastically."""
+        return self.rule.stochastic_rounding and _is_half(self.weight)
+
+    @property
+    def rounds_momentum(self) -> bool:
+        """Whether a step rounds the momentum buffer stochastically."""
+        if self.momentum_buffer is not None and self.momentum_buffer.dtype == torch.int8:
+            return True
+        own = _is_half(self.weight) and not self.rule.stochastic_rounding
+        return _is_half(self.momentum_buffer) and not own
+
     def tensors(self) -> dict[str, Tensor]:
-        names = ("param", "grad", "momentum_buffer", "master_param", "step")
+        names = ("param", "grad", *STATE)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -58,7 +83,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def make_leaf(name: str, layouts: Layouts, dtypes: Dtypes, rule: Rule, device, generator) -> Leaf:
     def place(layout, dtype):
-        return (layout or layouts.param).place(dtype, device, generator)
+        layout = layout or layouts.param
+        # A buffer of int8 may be permuted, but has no gaps.
+        return (layout.dense() if dtype == torch.int8 else layout).place(dtype, device, generator)
 
     leaf = Leaf(
         name, rule, place(layouts.param, dtypes.param), place(layouts.grad, dtypes.grad or dtypes.param)
@@ -70,17 +97,21 @@ def make_leaf(name: str, layouts: Layouts, dtypes: Dtypes, rule: Rule, device, g
         leaf.momentum_buffer = place(layouts.state, dtypes.state or dtypes.param)
         if rule.dampening > 0:
             leaf.step = torch.zeros((), device=device)
+        if leaf.momentum_buffer.dtype == torch.int8:
+            blocks = -(-leaf.param.numel() // bounds.BLOCK)
+            leaf.momentum_scale = Layout((blocks,)).place(torch.float32, device, generator)
+            leaf.momentum_scale.abs_().mul_(0.02)
+    if leaf.rounds_weight or leaf.rounds_momentum:
+        leaf.rng_state = Layout((3,), None, 1).place(torch.int64, device, generator)
+        # A key, a number of updates and a first element that fill both of their words.
+        words = torch.randint(2**34, (3,), generator=generator)
+        leaf.rng_state.copy_(words * torch.tensor([2**28 + 1, 1, 1]))
     return leaf
 
 
-def group_by_rule(leaves: list[Leaf]) -> list[list[Leaf]]:
-    """Consecutive leaves of the same rule."""
-    groups: list[list[Leaf]] = []
-    for leaf in leaves:
-        if not groups or groups[-1][0].rule is not leaf.rule:
-            groups.append([])
-        groups[-1].append(leaf)
-    return groups
+def group_leaves(leaves: list[Leaf], key) -> list[list[Leaf]]:
+    """Consecutive leaves with the same key."""
+    return [list(group) for _, group in itertools.groupby(leaves, key)]
 
 
 def call_op(
@@ -108,7 +139,7 @@ def call_op_for_norms(
     op="step_",
 ):
     """Like call_op, but returns the trust ratios and the norms."""
-    groups = group_by_rule(leaves)
+    groups = group_leaves(leaves, lambda leaf: id(leaf.rule))
     values = {name: [getattr(group[0].rule, name) for group in groups] for name in HYPERPARAMETERS}
     device = leaves[0].param.device
     if tensor_lr:
@@ -119,10 +150,7 @@ def call_op_for_norms(
     (packet.tensor_lr if tensor_lr else packet.default)(
         [leaf.param for leaf in leaves],
         [leaf.grad for leaf in leaves],
-        *(
-            [getattr(leaf, name) for leaf in leaves if getattr(leaf, name) is not None]
-            for name in ("momentum_buffer", "master_param", "step")
-        ),
+        *([getattr(leaf, name) for leaf in leaves if getattr(leaf, name) is not None] for name in STATE),
         [len(group) for group in groups],
         **values,
         squared_norms=squared_norms,
@@ -135,11 +163,20 @@ def call_op_for_norms(
     return ratios, norms
 
 
+def _momentum_dtype(leaf: Leaf):
+    """The momentum_dtype that lets an optimizer keep the leaf's buffer as it is."""
+    buffer = leaf.momentum_buffer
+    if buffer is None or buffer.dtype in (torch.float32, leaf.weight.dtype):
+        return None
+    return "int8" if buffer.dtype == torch.int8 else buffer.dtype
+
+
 def make_optimizer(leaves: list[Leaf], *, tensor_lr=False, **options) -> LARS:
     """Makes a LARS that steps the leaves' own tensors."""
     groups = []
-    for group in group_by_rule(leaves):
+    for group in group_leaves(leaves, lambda leaf: (id(leaf.rule), _momentum_dtype(leaf))):
         values = dataclasses.asdict(group[0].rule)
+        values["momentum_dtype"] = _momentum_dtype(group[0])
         if tensor_lr:
             values["lr"] = torch.tensor(values["lr"], dtype=torch.float64, device=group[0].param.device)
         groups.append({"params": [leaf.param.requires_grad_() for leaf in group], **values})
@@ -162,10 +199,9 @@ def run(
     implementation: str, leaves: list[Leaf], *, tensor_lr=False, grad_scale=None, found_inf=None
 ) -> tuple[Tensor, Tensor]:
     """Makes a step. Returns the trust ratios and the norms, in fp64 on the CPU."""
-    # With a master, the ops take a 16-bit buffer. The optimizer never keeps one.
-    for_ops = any(leaf.master_param is not None and _is_half(leaf.momentum_buffer) for leaf in leaves)
-    if not torch_versions.GRADIENTS_HAVE_DTYPES:
-        for_ops |= any(leaf.grad.dtype != leaf.param.dtype for leaf in leaves)
+    for_ops = not torch_versions.GRADIENTS_HAVE_DTYPES and any(
+        leaf.grad.dtype != leaf.param.dtype for leaf in leaves
+    )
     if implementation == "op" or for_ops:
         op = "reference_step_" if implementation == "foreach" else "step_"
         results = call_op_for_norms(
@@ -187,11 +223,16 @@ def to_numpy(tensor: Tensor):
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def assert_within(actual: Tensor, expected, error, what: str) -> None:
+def assert_within(actual: Tensor, expected, error, what: str, *, stochastic=False) -> None:
     """Checks `actual` up to `error` and the rounding of its dtype. inf and NaN must be equal."""
-    expected = torch.as_tensor(expected, dtype=torch.float64)
+    stored = bounds.stored_stochastically if stochastic else bounds.stored
+    allowed = stored(np.asarray(expected, np.float64), error, actual.dtype)
+    _assert_within(actual, expected, allowed, what)
+
+
+def _assert_within(actual: Tensor, expected, allowed, what: str) -> None:
+    expected, allowed = (torch.as_tensor(x, dtype=torch.float64) for x in (expected, allowed))
     got = actual.detach().to("cpu", torch.float64).reshape(expected.shape)
-    allowed = torch.as_tensor(bounds.stored(expected.numpy(), error, actual.dtype))
     special = ~expected.isfinite()
     right = torch.where(
         special, (got == expected) | (got.isnan() & expected.isnan()), (got - expected).abs() <= allowed
@@ -234,30 +275,54 @@ def check_step(
             assert norm.isnan().all()
 
 
+def _momentum(tensors: dict[str, Tensor]):
+    """The momentum that a leaf's tensors hold."""
+    if "momentum_scale" in tensors:
+        return rounding.decode(tensors["momentum_buffer"], tensors["momentum_scale"]).numpy()
+    return to_numpy(tensors["momentum_buffer"]) if "momentum_buffer" in tensors else None
+
+
+def _check_momentum(leaf: Leaf, expected, error) -> None:
+    what = f"{leaf.name}: momentum_buffer"
+    if leaf.momentum_scale is None:
+        assert_within(leaf.momentum_buffer, expected, error, what, stochastic=leaf.rounds_momentum)
+        return
+    codes = rounding.in_memory_order(leaf.momentum_buffer, leaf.momentum_buffer)
+    assert codes.to(torch.int32).abs().max() <= 127 if codes.numel() else True, f"{what}: codes"
+    got, expected, error = (
+        rounding.in_memory_order(torch.as_tensor(x), leaf.momentum_buffer)
+        for x in (_momentum(leaf.tensors()), expected, error)
+    )
+    _assert_within(got, expected, bounds.stored_in_int8(expected.numpy(), error.numpy()), what)
+
+
 def check_leaf(leaf: Leaf, old: dict[str, Tensor], ratio: Tensor, norms: Tensor, grad_scale: float) -> None:
     """Checks a leaf after a step against the reference's step from `old`."""
     weight = "param" if leaf.master_param is None else "master_param"
     result = reference.step(
         to_numpy(old[weight]),
         to_numpy(old["grad"]),
-        to_numpy(old["momentum_buffer"]) if "momentum_buffer" in old else None,
+        _momentum(old),
         leaf.rule,
         grad_scale=grad_scale,
         first="step" in old and old["step"].item() == 0,
     )
     dtypes = old[weight].dtype, old["grad"].dtype
     weight_error, buffer_error = bounds.compute_errors(result, *dtypes)
-    assert_within(leaf.weight, result.weight, weight_error, f"{leaf.name}: {weight}")
+    assert_within(
+        leaf.weight, result.weight, weight_error, f"{leaf.name}: {weight}", stochastic=leaf.rounds_weight
+    )
     if leaf.momentum_buffer is not None:
-        assert_within(
-            leaf.momentum_buffer, result.momentum_buffer, buffer_error, f"{leaf.name}: momentum_buffer"
-        )
+        _check_momentum(leaf, result.momentum_buffer, buffer_error)
     if leaf.master_param is not None:
         assert same_bits(leaf.param, leaf.master_param.to(leaf.param.dtype)), (
             f"{leaf.name}: param is not its master"
         )
     if leaf.step is not None:
         assert leaf.step.item() == old["step"].item() + 1, f"{leaf.name}: step"
+    if leaf.rng_state is not None:
+        key, updates, first_element = old["rng_state"].tolist()
+        assert leaf.rng_state.tolist() == [key, updates + 1, first_element], f"{leaf.name}: rng_state"
     numel, terms = old[weight].numel(), result.norms.terms
     error = bounds.trust_ratio_error(*dtypes, numel, terms) * result.trust_ratio
     assert_within(ratio, result.trust_ratio, error, f"{leaf.name}: trust ratio")
