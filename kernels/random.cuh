@@ -18,12 +18,10 @@ class RandomVectors {
  public:
   // rng.first_element is that of the tile. Called by whole warps.
   __device__ __forceinline__ void draw(const RngState& rng, RoundedTensor tensor) {
-    if (rng.first_element % kElementsPerDraw != 0) {
-      draw_across(rng, tensor);
-    } else if constexpr (kVector == kElementsPerDraw) {
-      draw_whole(rng, tensor);
+    if (rng.first_element % kElementsPerDraw == 0) {
+      draw_together(rng, tensor);
     } else {
-      draw_in_pairs(rng, tensor);
+      draw_across(rng, tensor);
     }
   }
 
@@ -39,29 +37,28 @@ class RandomVectors {
     return static_cast<uint64_t>(rng.first_element) + (k * kWorkers + threadIdx.x) * kVector;
   }
 
-  __device__ __forceinline__ void draw_whole(const RngState& rng, RoundedTensor tensor) {
+  // Neighbouring threads share the draw of each of their vectors. So each of them draws for some of the
+  // vectors, and they exchange what they have drawn.
+  __device__ __forceinline__ void draw_together(const RngState& rng, RoundedTensor tensor) {
+    constexpr uint32_t kThreadsOfDraw = kElementsPerDraw / kVector;
+    static_assert(kVectorsPerThread % kThreadsOfDraw == 0);
+    const uint32_t place = threadIdx.x % kThreadsOfDraw;
+    // Which of the draw's elements the thread has: those of the second half take complements.
+    const bool is_complement = place >= kThreadsOfDraw / 2;
+    const bool is_upper = place % 2 != 0;  // if a thread has a quarter of a draw: of the words
 #pragma unroll
-    for (int k = 0; k < kVectorsPerThread; ++k) {
-      const RandomBits drawn = draw_bits(rng, tensor, index(rng, k) / kElementsPerDraw);
+    for (uint32_t group = 0; group < kVectorsPerThread; group += kThreadsOfDraw) {
+      const RandomBits drawn = draw_bits(rng, tensor, index(rng, group + place) / kElementsPerDraw);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words_[k][i] = drawn.words[i];
-    }
-  }
-
-  // Two threads have the halves of a draw. The even one draws for vectors 0 and 2 of both, the odd one for
-  // vectors 1 and 3.
-  __device__ __forceinline__ void draw_in_pairs(const RngState& rng, RoundedTensor tensor) {
-    static_assert(2 * kVector == kElementsPerDraw);
-    const bool is_odd = threadIdx.x % 2 != 0;
+      for (uint32_t source = 0; source < kThreadsOfDraw; ++source) {
+        uint32_t words[4];
 #pragma unroll
-    for (int k = 0; k < kVectorsPerThread; k += 2) {
-      const RandomBits drawn = draw_bits(rng, tensor, index(rng, k + is_odd) / kElementsPerDraw);
+        for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(~0u, drawn.words[i], source, kThreadsOfDraw);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const uint32_t low = drawn.words[i], high = drawn.words[kWords + i];
-        const uint32_t received = __shfl_xor_sync(~0u, is_odd ? low : high, 1);
-        words_[k][i] = is_odd ? received : low;
-        words_[k + 1][i] = is_odd ? high : received;
+        for (int i = 0; i < kWords; ++i) {
+          const uint32_t word = kWords == 4 || !is_upper ? words[i] : words[(kWords + i) % 4];
+          words_[group + source][i] = is_complement ? ~word : word;
+        }
       }
     }
   }
@@ -75,10 +72,12 @@ class RandomVectors {
       const RandomBits low = draw_bits(rng, tensor, draw);
       RandomBits high = {};
       if (skipped + kVector > kElementsPerDraw) high = draw_bits(rng, tensor, draw + 1);
-      uint32_t words[8];
+      uint32_t words[12];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = low.words[i], words[4 + i] = high.words[i];
+      for (int i = 0; i < 4; ++i) words[i] = low.words[i], words[4 + i] = ~low.words[i], words[8 + i] = high.words[i];
       // Shifts by constants. An index that is not known to the compiler would put the words in local memory.
+#pragma unroll
+      for (int i = 0; i < 8; ++i) words[i] = skipped & 8 ? words[i + 4] : words[i];
 #pragma unroll
       for (int i = 0; i < 6; ++i) words[i] = skipped & 4 ? words[i + 2] : words[i];
 #pragma unroll
