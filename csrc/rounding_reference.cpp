@@ -122,9 +122,10 @@ EncodedMomentum encode_vector(const at::Tensor& values, const at::Tensor& random
 EncodedMomentum encode_momentum(const at::Tensor& momentum) {
   FUSED_LARS_CHECK(momentum.is_floating_point(), InvalidTensor, "momentum has dtype ", momentum.scalar_type(),
                    "; allowed: a floating-point dtype");
-  const auto encoded = encode_vector(in_memory_order(momentum.to(at::kFloat), momentum), {});
+  // Dense even if the momentum has gaps.
   auto codes = at::empty_like(momentum, momentum.options().dtype(at::kChar));
-  codes.copy_(from_memory_order(encoded.codes, momentum));
+  const auto encoded = encode_vector(in_memory_order(momentum.to(at::kFloat), codes), {});
+  codes.copy_(from_memory_order(encoded.codes, codes));
   return {codes, encoded.scale};
 }
 

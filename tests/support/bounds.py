@@ -21,10 +21,9 @@ storage       Half a unit in the last place of the stored dtype: its unit roundo
               its smallest number.
 stochastic    A number is rounded to one of its two neighbours. So the error is up to a whole unit in the last
               place: twice the unit roundoff times the value, or the smallest number.
-int8          A block whose largest magnitude is L has the scale L / 127, rounded in the division (2^-24) and
-              then to 17 significant bits (2^-17). A code is x * 127 / L, rounded to one of its two
-              neighbours: less than one scale. The code times the scale also has the scale's relative error.
-              No scale is below 2^-126.
+int8          In a block whose largest magnitude is L, a code c stands for (c / 127)^2 * L. x becomes one of its
+              two neighbours. They are (2 c + 1) / 127^2 * L apart, where c is at most 127 * sqrt(x / L). Four
+              operations to encode and to decode are rounded (u each). L is taken as at least 2^-112.
 
 SLACK covers the products of errors that a first-order bound leaves out.
 """
@@ -47,10 +46,10 @@ SMALLEST = {
 }
 _TILE = 4096
 
-# int8 momentum: elements that share a scale, and the relative error of a scale.
+# int8 momentum: elements that share a scale, the least scale, and the relative error of the arithmetic.
 BLOCK = 128
-SCALE_ERROR = 2.0**-17 + 2.0**-24
-LEAST_SCALE = 2.0**-126
+LEAST_SCALE = 2.0**-112
+CODE_ERROR = 4 * 2.0**-24
 
 
 def norm_error(dtype: torch.dtype, numel: int) -> float:
@@ -97,5 +96,10 @@ def stored_in_int8(value, error) -> np.ndarray:
     padded = np.zeros(-(-most.size // BLOCK) * BLOCK)
     padded[: most.size] = most
     largest = padded.reshape(-1, BLOCK).max(axis=1).repeat(BLOCK)[: most.size]
-    scale = np.maximum(largest / 127 * (1 + SCALE_ERROR), LEAST_SCALE)
-    return error + scale + SCALE_ERROR * most
+    return error + code_gap(most, largest) + CODE_ERROR * most
+
+
+def code_gap(magnitude, largest) -> np.ndarray:
+    """The distance of the codes around a number in a block with a largest magnitude."""
+    largest = np.maximum(largest, LEAST_SCALE)
+    return (254 * np.sqrt(magnitude / largest) + 1) / 127**2 * largest

@@ -7,6 +7,7 @@ from torch import Tensor
 MOMENTUM_BUFFER, WEIGHT = 0, 1  # what is rounded
 BLOCK = 128
 F32 = np.float32
+LEAST_SCALE = F32(2.0**-112)
 _LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -31,15 +32,16 @@ def philox4x32(counter, key, rounds=7) -> list[np.ndarray]:
 
 
 def random_bits(rng_state, which: int, numel: int) -> np.ndarray:
-    """16 bits for each element. Eight elements in a row share a draw, and two of them a word of it."""
+    """16 bits for each element. 16 elements in a row share a draw, the last eight with its complement."""
     key, update, first_element = (int(x) for x in rng_state)
     element = np.arange(numel, dtype=np.uint64) + np.uint64(first_element)
-    draw, place = element // np.uint64(8), element % np.uint64(8)
+    draw, place = element // np.uint64(16), element % np.uint64(8)
     words = philox4x32(
         (draw & _LOW, draw >> np.uint64(32), update % 2**32, which), (key % 2**32, key >> 32 & 0xFFFFFFFF)
     )
     word = np.stack(words)[(place // np.uint64(2)).astype(np.int64), np.arange(numel)]
-    return (word >> (place % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)).astype(np.int64)
+    bits = (word >> (place % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)).astype(np.int64)
+    return np.where(element % np.uint64(16) < 8, bits, 0xFFFF - bits)
 
 
 def to_16_bits(x: np.ndarray, random: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -71,16 +73,14 @@ def to_int8(x: np.ndarray, random: np.ndarray | None = None) -> tuple[np.ndarray
         if not np.isfinite(largest):
             scales[i] = np.nan
             continue
-        if largest < 127 * 2.0**-126:
-            scales[i], gain = 2.0**-126, F32(2.0**126)
-        else:
-            fraction, exponent = np.frexp(largest / F32(127))
-            scales[i] = np.ldexp(np.floor(np.float64(fraction) * 2**17 + 0.5), exponent - 17)
-            gain = F32(127) / largest
-        added = 0.5 if random is None else (random[i * BLOCK : (i + 1) * BLOCK] >> 4) * 2.0**-12
-        # Codes from -127 on. 2^-13 is the middle of a step of the random number.
-        sums = block * gain + (F32(128 + 2.0**-13) + np.asarray(added, F32))
-        codes[i * BLOCK : (i + 1) * BLOCK] = np.floor(sums).astype(np.int64) - 128
+        scales[i] = max(largest, LEAST_SCALE)
+        draw = np.full(block.size, 0.5) if random is None else (random[i * BLOCK :][: block.size] >> 4) / 4096
+        # 2^-13 is the middle of a step of the random number.
+        draw = draw.astype(F32) + F32(2.0**-13)
+        square = np.abs(block) * (F32(127**2) / scales[i])
+        code = np.floor(np.sqrt(square))
+        code += square - code * code > draw * (2 * code + 1)
+        codes[i * BLOCK : (i + 1) * BLOCK] = np.copysign(code, block).astype(np.int8)
     return codes, scales
 
 
@@ -109,9 +109,10 @@ def in_memory_order(values: Tensor, like: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The numbers of an int8 buffer, in fp64 with the buffer's sizes."""
+    """The numbers of an int8 buffer, which are fp32, in fp64 with the buffer's sizes."""
     result = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.float64)
     vector = in_memory_order(codes, codes).double()
     scale = scales.detach().cpu().double().repeat_interleave(BLOCK)[: vector.numel()]
-    result.as_strided((vector.numel(),), (1,)).copy_(vector * scale)
+    factor = (vector * vector.abs()).float() * F32(1 / 127**2)
+    result.as_strided((vector.numel(),), (1,)).copy_(factor * scale.float())
     return result
