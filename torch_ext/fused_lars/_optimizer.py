@@ -14,7 +14,7 @@ from ._masters import take_over
 from ._op_call import uses_ordinary_operators
 from ._records import LayerNorms
 from ._replaced import SeenParams
-from ._state_dict import check_state_dict, decode, implementations, restore
+from ._state_dict import check_state_dict, implementations, make_portable, restore
 from ._step_inputs import StepInputs
 from ._stepper import Stepper
 from ._torch_internals import (
@@ -265,10 +265,11 @@ class LARS(Optimizer):
         """Returns the state in torch's format, which :meth:`load_state_dict` loads.
 
         int8 momentum is in it as fp32, without scales. So it fits parameters of any memory format and any
-        sharding, and a run that loads it goes on with the same bits.
+        sharding, and a run that loads it goes on with the same bits. A dtype for ``momentum_dtype`` is in it
+        by name ("bfloat16").
         """
         # A hook, so that a user's own hooks see the same as they would without it.
-        handle = self.register_state_dict_post_hook(decode, prepend=True)
+        handle = self.register_state_dict_post_hook(make_portable, prepend=True)
         try:
             return super().state_dict()
         finally:

@@ -21,11 +21,22 @@ _IMPLEMENTATION = (
 
 
 def implementations(param_groups) -> list[dict]:
-    return [{name: group[name] for name in _IMPLEMENTATION} for group in param_groups]
+    return [*map(implementation_of, param_groups)]
 
 
-def decode(_, state_dict) -> None:
-    """Puts fp32 momentum in the place of int8 codes and their scales. A hook after state_dict()."""
+def implementation_of(group) -> dict:
+    return {name: group[name] for name in _IMPLEMENTATION}
+
+
+def make_portable(_, state_dict) -> None:
+    """Makes a state_dict that other layouts, other shardings and torch's tools can take. Called as a hook.
+
+    fp32 momentum takes the place of int8 codes and their scales. A dtype among the options becomes its name,
+    because torch.distributed.checkpoint takes no torch.dtype.
+    """
+    for group in state_dict["param_groups"]:
+        if isinstance(group["momentum_dtype"], torch.dtype):
+            group["momentum_dtype"] = str(group["momentum_dtype"]).removeprefix("torch.")
     state = state_dict["state"]
     for saved_id, values in state.items():
         if "momentum_scale" in values:
@@ -76,7 +87,7 @@ def check_state_dict(state_dict, defaults, param_groups, implementations, state,
                 f"this is not a state_dict of LARS: param_groups[{index}] has no 'trust_coefficient', "
                 f"only {sorted(k for k in group if k != 'params')}"
             )
-        own = implementations[index] if index < len(implementations) else {}
+        own = implementations[index] if index < len(implementations) else implementation_of(defaults)
         check_group({**defaults, **group, **own}, index)
     saved, own = (
         [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)
