@@ -298,7 +298,7 @@ def test_optimizer_state_dicts_of_a_model(kind, full_state_dict):
             local, expected = (
                 t.to_local() if isinstance(t, DTensor) else t for t in (other.state[q][name], value)
             )
-            # All of the state in one process has other blocks than its shards, but the same values.
+            # What was decoded is encoded in the blocks of the local shard again.
             assert same_bits(local, expected), name
 
 
