@@ -3,6 +3,8 @@
 #include <ATen/record_function.h>
 #include <torch/torch.h>
 
+#include <initializer_list>
+#include <optional>
 #include <sstream>
 
 #include "expected.h"
@@ -443,6 +445,205 @@ TEST(LARS, SchedulersOfTheFrontEndDriveIt) {
   EXPECT_LT(options_of(optimizer, 0).get_lr(), 0.1);
 }
 
+// ---------------------------------------------------------------- momentum in few bits
+
+// What the codes of an int8 buffer of at most 128 elements stand for.
+torch::Tensor decoded(const LARSParamState& state) {
+  return state.momentum_buffer().to(torch::kFloat) * state.momentum_scale();
+}
+
+TEST(LARS, MomentumHasTheDtypeThatIsAskedFor) {
+  using MomentumDtype = std::optional<torch::Dtype>;
+  const auto check = [](torch::Dtype dtype, const LARSOptions& options, torch::Dtype buffer, bool rounds) {
+    const auto what = c10::str(dtype, " as ", buffer, ", master_weights ", options.master_weights());
+    const std::vector<torch::Tensor> params{leaf({300}, 1, dtype), leaf({}, 2, dtype),
+                                            leaf({0, 2}, 3, dtype)};
+    LARS optimizer(params, options);
+    for (int step = 0; step < 3; ++step) {
+      set_grads(params, 10 * (step + 1));
+      optimizer.step();
+    }
+    for (int64_t i = 0; i < 3; ++i) {
+      const auto& state = state_of(optimizer, params[i]);
+      EXPECT_EQ(state.momentum_buffer().scalar_type(), buffer) << what;
+      EXPECT_EQ(state.momentum_buffer().sizes(), params[i].sizes()) << what;
+      ASSERT_EQ(state.momentum_scale().defined(), buffer == torch::kChar) << what;
+      if (buffer == torch::kChar) {
+        EXPECT_EQ(state.momentum_scale().numel(), i == 0 ? 3 : i == 1 ? 1 : 0) << what;
+      }
+      ASSERT_EQ(state.rng_state().defined(), rounds) << what;
+      if (!rounds) continue;
+      EXPECT_TRUE(
+          torch::equal(state.rng_state(), torch::tensor({(int64_t{5} << 32) + i, int64_t{3}, int64_t{0}})))
+          << what;
+    }
+  };
+  const auto options = [](MomentumDtype dtype) {
+    return LARSOptions(0.3).momentum(0.9).momentum_dtype(dtype).rounding_seed(5);
+  };
+  check(torch::kDouble, options({}), torch::kDouble, false);
+  check(torch::kDouble, options(torch::kFloat), torch::kFloat, false);
+  check(torch::kFloat, options({}), torch::kFloat, false);
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf, torch::kChar}) {
+    check(torch::kFloat, options(dtype), dtype, true);
+  }
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    check(dtype, options({}), dtype, false);
+    check(dtype, options(dtype), dtype, false);
+    check(dtype, options(torch::kFloat), torch::kFloat, false);
+    check(dtype, options(torch::kChar), torch::kChar, true);
+    check(dtype, options({}).stochastic_rounding(true), dtype, true);
+    check(dtype, options(torch::kFloat).stochastic_rounding(true), torch::kFloat, true);
+    check(dtype, options({}).master_weights(true), torch::kFloat, false);
+    check(dtype, options(dtype).master_weights(true), dtype, true);
+    check(dtype, options(torch::kChar).master_weights(true), torch::kChar, true);
+  }
+}
+
+// It loses 0.1 % a step. Half a unit of bf16 is at least 0.2 %, so the nearest number is the same.
+TEST(LARS, MomentumDecaysWhereItWouldStandStill) {
+  constexpr int kSteps = 500;
+  for (const auto dtype : {torch::kBFloat16, torch::kChar}) {
+    const auto param = torch::zeros({1000}).requires_grad_();
+    LARS optimizer(std::vector<torch::Tensor>{param},
+                   LARSOptions(1.0).momentum(0.999).layer_adaptation(false).momentum_dtype(dtype));
+    param.mutable_grad() = torch::full({1000}, 1.25);
+    optimizer.step();
+    options_of(optimizer, 0).lr(0.0);
+    for (int step = 0; step < kSteps; ++step) optimizer.step();
+    const auto& state = state_of(optimizer, param);
+    const auto buffer = state.momentum_buffer().to(torch::kFloat);
+    // Blocks of equal elements have nearly equal scales.
+    const auto mean = dtype == torch::kChar ? buffer.mean() * state.momentum_scale().mean() : buffer.mean();
+    EXPECT_NEAR(mean.item<double>(), 1.25 * std::pow(0.999, kSteps), 0.02) << dtype;
+  }
+}
+
+TEST(LARS, StochasticRoundingKeepsUpdatesBelowHalfAUnit) {
+  for (const bool rounds : {false, true}) {
+    const auto param = torch::full({1000}, 1.5, torch::kBFloat16).requires_grad_();
+    LARS optimizer(std::vector<torch::Tensor>{param},
+                   LARSOptions(1.0).layer_adaptation(false).stochastic_rounding(rounds));
+    param.mutable_grad() = torch::full({1000}, 0x1p-11, torch::kBFloat16);  // a unit is 2^-7
+    for (int step = 0; step < 200; ++step) optimizer.step();
+    const double moved = 1.5 - param.detach().to(torch::kDouble).mean().item<double>();
+    EXPECT_NEAR(moved, rounds ? 200 * 0x1p-11 : 0.0, rounds ? 5e-3 : 0.0);
+  }
+}
+
+TEST(LARS, SeedAndPlaceDecideTheRandomBits) {
+  const auto run = [](int64_t seed) {
+    const std::vector<torch::Tensor> params{leaf({200}, 1), leaf({200}, 1)};
+    LARS optimizer(params,
+                   LARSOptions(0.3).momentum(0.9).momentum_dtype(torch::kBFloat16).rounding_seed(seed));
+    for (const auto& param : params) param.mutable_grad() = random_tensor({200}, 7);
+    optimizer.step();
+    return std::vector<torch::Tensor>{state_of(optimizer, params[0]).momentum_buffer(),
+                                      state_of(optimizer, params[1]).momentum_buffer()};
+  };
+  const auto first = run(1), other = run(2);
+  expect_same_bits(first, run(1));
+  EXPECT_FALSE(torch::equal(first[0], first[1]));
+  EXPECT_FALSE(torch::equal(first[0], other[0]));
+}
+
+TEST(LARS, MomentumIsConvertedWhenItsDtypeChanges) {
+  const auto param = leaf({100}, 1);
+  LARS optimizer(std::vector<torch::Tensor>{param}, LARSOptions(0.3).momentum(0.9));
+  for (int step = 0; step < 3; ++step) {
+    set_grads({param}, 10 + step);
+    optimizer.step();
+  }
+  options_of(optimizer, 0).lr(0.0);
+  auto before = state_of(optimizer, param).momentum_buffer().clone();
+  for (const std::optional<torch::Dtype> dtype : std::initializer_list<std::optional<torch::Dtype>>{
+           torch::kChar, torch::kBFloat16, torch::kHalf, torch::kChar, torch::kFloat}) {
+    options_of(optimizer, 0).momentum_dtype(dtype);
+    optimizer.step();
+    const auto& state = state_of(optimizer, param);
+    EXPECT_EQ(state.momentum_buffer().scalar_type(), *dtype);
+    EXPECT_EQ(state.momentum_scale().defined(), *dtype == torch::kChar);
+    const auto after =
+        *dtype == torch::kChar ? decoded(state) : state.momentum_buffer().to(torch::kFloat, false, true);
+    // Half a unit for the conversion and one for the step.
+    const double unit = *dtype == torch::kChar ? 1.0 / 127 : *dtype == torch::kFloat ? 0x1p-22 : 0x1p-7;
+    const auto most = before.abs().max().item<double>();
+    EXPECT_LE((after - 0.9 * before).abs().max().item<double>(), 1.51 * unit * most) << *dtype;
+    before = after;
+  }
+}
+
+TEST(LARS, MomentumInFewBitsIsThatOfTheMaster) {
+  for (const auto dtype : {torch::kBFloat16, torch::kChar}) {
+    const auto param = leaf({300}, 1, torch::kBFloat16);
+    const auto twin = param.detach().to(torch::kFloat).requires_grad_();
+    const auto options = LARSOptions(0.5).momentum(0.9).trust_coefficient(0.02).momentum_dtype(dtype);
+    LARS optimizer({param}, LARSOptions(options).master_weights(true)), expected({twin}, options);
+    for (int step = 0; step < 4; ++step) {
+      set_grads({param}, 100 + step);
+      twin.mutable_grad() = param.grad().to(torch::kFloat);
+      optimizer.step();
+      expected.step();
+    }
+    const auto &state = state_of(optimizer, param), &of_twin = state_of(expected, twin);
+    EXPECT_TRUE(same_bits(state.master_param(), twin.detach())) << dtype;
+    EXPECT_TRUE(same_bits(state.momentum_buffer(), of_twin.momentum_buffer())) << dtype;
+    EXPECT_TRUE(same_bits(state.rng_state(), of_twin.rng_state())) << dtype;
+  }
+}
+
+TEST(LARS, OptionsOfRoundingAreChecked) {
+  const std::vector<torch::Tensor> params{leaf({3}, 1)};
+  for (const auto dtype : {torch::kDouble, torch::kInt, torch::kByte}) {
+    EXPECT_CONTAINS(
+        MESSAGE_OF(LARS(params, LARSOptions(0.1).momentum_dtype(dtype)), fused_lars::InvalidOption),
+        "; allowed: Float, BFloat16, Half, Char");
+    MESSAGE_OF(LARS({group(params, LARSOptions().momentum_dtype(dtype))}, 0.1), fused_lars::InvalidOption);
+  }
+  for (const int64_t seed : {int64_t{-1}, int64_t{1} << 31}) {
+    EXPECT_CONTAINS(MESSAGE_OF(LARS(params, LARSOptions(0.1).rounding_seed(seed)), fused_lars::InvalidOption),
+                    "Invalid rounding_seed value in group 0");
+  }
+  LARS(params, LARSOptions(0.1).rounding_seed((int64_t{1} << 31) - 1));
+  EXPECT_CONTAINS(MESSAGE_OF(LARS(params, LARSOptions(0.1).stochastic_rounding(true).master_weights(true)),
+                             fused_lars::InvalidOption),
+                  "Invalid stochastic_rounding value");
+
+  // What a parameter's dtype allows shows in the step.
+  const auto refused = [](torch::Dtype param_dtype, torch::Dtype dtype) {
+    const auto param = leaf({3}, 1, param_dtype);
+    LARS optimizer(std::vector<torch::Tensor>{param}, LARSOptions(0.1).momentum(0.9));
+    set_grads({param}, 1);
+    optimizer.step();
+    options_of(optimizer, 0).momentum_dtype(dtype);
+    const auto before = param.detach().clone();
+    EXPECT_CONTAINS(MESSAGE_OF(optimizer.step(), fused_lars::InvalidTensor),
+                    c10::str("momentum_buffers[0] has dtype ", dtype));
+    EXPECT_TRUE(same_bits(param.detach(), before));
+    EXPECT_EQ(state_of(optimizer, param).momentum_buffer().scalar_type(), param_dtype);
+  };
+  refused(torch::kDouble, torch::kChar);
+  refused(torch::kDouble, torch::kBFloat16);
+  refused(torch::kBFloat16, torch::kHalf);
+  refused(torch::kHalf, torch::kBFloat16);
+}
+
+TEST(LARS, GroupsInheritTheOptionsOfRounding) {
+  const auto defaults =
+      LARSOptions(0.25).momentum_dtype(torch::kChar).stochastic_rounding(true).rounding_seed(7);
+  LARS optimizer(
+      {group({leaf({2}, 1)}, LARSOptions()),
+       group({leaf({2}, 2)}, LARSOptions().momentum_dtype(std::nullopt).rounding_seed(0)),
+       group({leaf({2}, 3)}, LARSOptions().stochastic_rounding(false).momentum_dtype(torch::kFloat))},
+      defaults);
+  EXPECT_EQ(options_of(optimizer, 0), defaults);
+  EXPECT_EQ(options_of(optimizer, 1), LARSOptions(defaults).momentum_dtype(std::nullopt).rounding_seed(0));
+  EXPECT_EQ(options_of(optimizer, 2),
+            LARSOptions(defaults).stochastic_rounding(false).momentum_dtype(torch::kFloat));
+  EXPECT_FALSE(options_of(optimizer, 0) == LARSOptions(defaults).rounding_seed(8));
+  EXPECT_FALSE(options_of(optimizer, 0) == LARSOptions(defaults).momentum_dtype(torch::kHalf));
+}
+
 // Two runs of one program: the second one is saved half-way and goes on in new objects.
 class Resume : public testing::Test {
  protected:
@@ -500,6 +701,47 @@ TEST_F(Resume, GivesTheBitsOfAnUninterruptedRun) {
   expect_same_bits(params, resumed_params);
 }
 
+// The random bits go on too.
+TEST_F(Resume, MomentumInFewBitsGoesOn) {
+  const auto run = [](torch::Dtype dtype, const LARSOptions& options) {
+    std::vector<torch::Tensor> params{leaf({300}, 1, dtype), leaf({6, 5}, 2, dtype)};
+    LARS optimizer(params, options);
+    const auto train = [](LARS& optimizer, const std::vector<torch::Tensor>& params, int from, int to) {
+      for (int step = from; step < to; ++step) {
+        set_grads(params, 10 * (step + 1));
+        optimizer.step();
+      }
+    };
+    train(optimizer, params, 0, 3);
+    auto resumed_params = detached(params);
+    for (auto& param : resumed_params) param.requires_grad_();
+    LARS resumed(resumed_params, LARSOptions(1.0).rounding_seed(77));
+    load(resumed, saved(optimizer));
+    EXPECT_EQ(options_of(resumed, 0), options);
+    train(optimizer, params, 3, 6);
+    train(resumed, resumed_params, 3, 6);
+    expect_same_bits(params, resumed_params);
+    for (size_t i = 0; i < params.size(); ++i) {
+      const auto &state = state_of(optimizer, params[i]), &other = state_of(resumed, resumed_params[i]);
+      EXPECT_TRUE(same_bits(state.momentum_buffer(), other.momentum_buffer()));
+      EXPECT_EQ(state.momentum_scale().defined(), other.momentum_scale().defined());
+      if (state.momentum_scale().defined()) {
+        EXPECT_TRUE(same_bits(state.momentum_scale(), other.momentum_scale()));
+      }
+      EXPECT_TRUE(same_bits(state.rng_state(), other.rng_state()));
+    }
+  };
+  const auto options = LARSOptions(0.3).momentum(0.9).weight_decay(0.01).rounding_seed(5);
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf, torch::kChar}) {
+    run(torch::kFloat, LARSOptions(options).momentum_dtype(dtype));
+  }
+  run(torch::kBFloat16, LARSOptions(options).stochastic_rounding(true));
+  run(torch::kHalf, LARSOptions(options).stochastic_rounding(true).momentum_dtype(torch::kChar));
+  run(torch::kBFloat16, LARSOptions(options).stochastic_rounding(true).momentum_dtype(torch::kFloat));
+  run(torch::kBFloat16, LARSOptions(options).master_weights(true).momentum_dtype(torch::kBFloat16));
+  run(torch::kBFloat16, LARSOptions(options).master_weights(true).momentum_dtype(torch::kChar));
+}
+
 TEST_F(Resume, LayerAdaptationIsKept) {
   for (const fused_lars::LayerAdaptation kind : {fused_lars::LayerAdaptation(true), {false}, {"decayed"}}) {
     auto params = make_params();
@@ -554,6 +796,13 @@ TEST_F(Resume, StateThatDoesNotFitIsRefusedByLoad) {
       MESSAGE_OF(load_spoilt([](auto& state) { state.momentum_buffer(torch::zeros({9}, torch::kLong)); }),
                  fused_lars::InvalidTensor),
       "the archive's momentum_buffer in group 1 has dtype Long");
+  EXPECT_EQ(MESSAGE_OF(load_spoilt([](auto& state) { state.rng_state(torch::zeros({3})); }),
+                       fused_lars::InvalidTensor),
+            "the archive's rng_state in group 1 is Float[3]; expected Long [3]");
+  EXPECT_EQ(
+      MESSAGE_OF(load_spoilt([](auto& state) { state.momentum_buffer(torch::zeros({9}, torch::kChar)); }),
+                 fused_lars::InvalidTensor),
+      "the archive's momentum_buffer in group 1 is int8 and has no momentum_scale");
   EXPECT_EQ(target.state().size(), 0u);
   EXPECT_EQ(options_of(target, 0).lr(), 0.7);
 }

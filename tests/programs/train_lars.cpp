@@ -1,19 +1,33 @@
 // train_lars RUN OUT: steps fused_lars::LARS as RUN says and writes the parameters to OUT, for comparison
 // with Python. RUN is a torch.save of (groups, steps): groups is a list of (options, parameters), options a
-// dict from name to number; each of the steps is a list of gradients of all parameters in order.
+// dict from name to number, with momentum_dtype by name; each of the steps is a list of gradients of all
+// parameters in order.
 
 #include <fstream>
 #include <iterator>
+#include <string>
 
 #include <fused_lars/fused_lars.h>
 #include <torch/torch.h>
 
 namespace {
 
+at::ScalarType dtype_of(const std::string& name) {
+  if (name == "int8") return at::kChar;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float16") return at::kHalf;
+  TORCH_CHECK(name == "float32", "unknown dtype ", name);
+  return at::kFloat;
+}
+
 fused_lars::LARSOptions options_of(const c10::impl::GenericDict& values) {
   fused_lars::LARSOptions options;
   for (const auto& item : values) {
     const auto& name = item.key().toStringRef();
+    if (name == "momentum_dtype") {
+      options.momentum_dtype(dtype_of(item.value().toStringRef()));
+      continue;
+    }
     const double value = item.value().toScalar().toDouble();
     if (name == "lr")
       options.lr(value);
@@ -41,6 +55,10 @@ fused_lars::LARSOptions options_of(const c10::impl::GenericDict& values) {
       options.classic_momentum(value);
     else if (name == "master_weights")
       options.master_weights(value);
+    else if (name == "stochastic_rounding")
+      options.stochastic_rounding(value);
+    else if (name == "rounding_seed")
+      options.rounding_seed(static_cast<int64_t>(value));
     else
       TORCH_CHECK(false, "unknown option ", name);
   }
