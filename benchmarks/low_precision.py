@@ -131,7 +131,8 @@ def compare(title, example, train, choices, seeds):
     script = importlib.import_module(example)
     data, of_fp32 = script.load_digits(), None
     gap = "difference to fp32 ± standard error"
-    print_header(f"{title}, {EPOCHS} epochs, {seeds} seeds", "accuracy, %", gap, "training loss", gap)
+    title += f", {EPOCHS} epochs, mean ± standard deviation of {seeds} seeds"
+    print_header(title, "accuracy, %", gap, "training loss", gap)
     for choice in choices:
         results = [*zip(*(train(script, data, choice, seed) for seed in range(seeds)))]
         of_fp32 = of_fp32 or results
