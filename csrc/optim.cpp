@@ -236,6 +236,7 @@ at::Tensor LARS::step(LossClosure closure) {
   int64_t position = 0;  // of the parameter in the optimizer
   for (size_t index = 0; index < groups.size(); ++index) {
     const auto& options = options_of(param_groups_[index], index);
+    check_options(options, index);
     for (const auto& param : param_groups_[index].params()) {
       const StateOptions state_options{options.momentum_dtype(),
                                        rng_key(options.rounding_seed(), position++)};

@@ -54,13 +54,20 @@ constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxMultiplier[2] = {0xd2511f53, 0xcd9e8d57};
 constexpr uint32_t kPhiloxIncrement[2] = {0x9e3779b9, 0xbb67ae85};
 
+FUSED_LARS_INLINE uint64_t product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return static_cast<uint64_t>(__umulhi(a, b)) << 32 | a * b;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 FUSED_LARS_INLINE RandomBits philox(RandomBits counter, uint32_t key0, uint32_t key1) {
   // Numbers, because device code cannot see the array.
   constexpr uint32_t increment0 = kPhiloxIncrement[0], increment1 = kPhiloxIncrement[1];
   auto& [a, b, c, d] = counter.words;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier[0]) * a;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier[1]) * c;
+    const uint64_t product0 = product(kPhiloxMultiplier[0], a), product1 = product(kPhiloxMultiplier[1], c);
     a = static_cast<uint32_t>(product1 >> 32) ^ b ^ key0;
     c = static_cast<uint32_t>(product0 >> 32) ^ d ^ key1;
     b = static_cast<uint32_t>(product1);
@@ -100,8 +107,7 @@ FUSED_LARS_INLINE float bits_to_float(uint32_t bits) {
 // inf stay what they are.
 FUSED_LARS_INLINE uint16_t round_to_bf16(float x, uint32_t random) {
   const uint32_t bits = float_to_bits(x);
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  return static_cast<uint16_t>(is_nan ? 0x7fc0 : (bits + random) >> 16);
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + random) >> 16);
 }
 
 // Without a branch, which would keep the compiler from making vectors of a loop.
@@ -170,7 +176,8 @@ FUSED_LARS_INLINE int8_t encode(float x, float gain, uint32_t random) {
   const float square = magnitude * gain;
   const auto code = static_cast<int32_t>(sqrtf(square));
   const auto root = static_cast<float>(code);
-  const float draw = static_cast<float>(static_cast<int32_t>(random >> 4)) * 0x1p-12f + 0x1p-13f;
+  // (random / 16 + 1/2) * 2^-12, by the bits of 1 + that.
+  const float draw = bits_to_float(0x3f800400 | (random & 0xfff0) << 7) - 1.0f;
   const int32_t rounded = code + static_cast<int32_t>(square - root * root > draw * (root + root + 1.0f));
   const auto sign = -static_cast<int32_t>(bits >> 31);
   return static_cast<int8_t>((rounded ^ sign) - sign);

@@ -89,7 +89,8 @@ void StepCalls::add(size_t group, const at::Tensor& param, const at::Tensor& gra
   if (needs_master(groups_[group], param.scalar_type())) call->master_params.push_back(state.master_param);
   if (needs_step(groups_[group])) call->steps.push_back(state.step);
   const auto buffer = needs_momentum_buffer(groups_[group]) ? state.momentum_buffer : at::Tensor();
-  const auto weight_dtype = (state.master_param.defined() ? state.master_param : param).scalar_type();
+  const bool has_master = needs_master(groups_[group], param.scalar_type());
+  const auto weight_dtype = has_master ? at::kFloat : param.scalar_type();
   if (needs_momentum_scale(buffer)) call->momentum_scales.push_back(state.momentum_scale);
   if (needs_rng_state(groups_[group], weight_dtype, buffer)) call->rng_states.push_back(state.rng_state);
   ++call->group_sizes[group];

@@ -367,42 +367,38 @@ class TileAgent {
     return {warp_sum(sums.weight), warp_sum(sums.grad)};
   }
 
-  // Applies the rule to the loaded tile and stores it.
+  // Applies the rule to the loaded tile and stores it. Random bits are drawn before loaded elements are used,
+  // so that drawing hides the latency of loads.
   __device__ __forceinline__ void update(const Tile<Types>& tile, const Coefficients<Compute>& c) {
+    RandomBitsOfTile random;
+    UncodedMomentum uncoded;
+    if constexpr (Types::kMomentumRounds) random.momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
     if constexpr (Types::kWeightMayRound) {
-      if (tile.rounds_weight) return update_as<true>(tile, c);
+      if (tile.rounds_weight) {
+        random.weight.draw(tile.rng, RoundedTensor::weight);
+        if constexpr (Types::kMomentumRoundsAsWeight) {
+          random.momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
+        }
+        update_elements<true>(tile, c, random, uncoded);
+      } else {
+        update_elements<false>(tile, c, random, uncoded);
+      }
+    } else {
+      update_elements<false>(tile, c, random, uncoded);
     }
-    update_as<false>(tile, c);
+    if constexpr (Types::kHasCodes) encode_momentum(tile, random, uncoded);
   }
 
  private:
-  // Random bits for all that is rounded stochastically. They are drawn before loaded elements are used, so
-  // that drawing hides the latency of loads.
-  template <bool kRoundsWeight>
-  struct Random {
-    static constexpr bool kWeight = kRoundsWeight;
-    static constexpr bool kMomentum =
-        Types::kMomentumRounds || (kRoundsWeight && Types::kMomentumRoundsAsWeight);
+  struct RandomBitsOfTile {
     RandomVectors<kVector> weight, momentum_buffer;
-
-    __device__ __forceinline__ void draw(const Tile<Types>& tile) {
-      if constexpr (kWeight) weight.draw(tile.rng, RoundedTensor::weight);
-      if constexpr (kMomentum) momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
-    }
   };
 
-  template <bool kRoundsWeight>
-  __device__ __forceinline__ void update_as(const Tile<Types>& tile, Coefficients<Compute> c) {
-    Random<kRoundsWeight> random;
-    random.draw(tile);
-    if (c.nesterov) {
-      c.nesterov = true;  // known to the compiler from here
-      update_elements(tile, c, random);
-    } else {
-      c.nesterov = false;
-      update_elements(tile, c, random);
-    }
-  }
+  // A block's scale is known once all of its elements are. Until then they stay as they are computed.
+  struct UncodedMomentum {
+    float elements[kVectorsPerThread][kVector];
+    uint32_t largest[kVectorsPerThread];  // of the magnitudes of a vector, as bits
+  };
 
   static __device__ __forceinline__ PackedWeight* weights_of(unsigned char* stage) {
     return reinterpret_cast<PackedWeight*>(stage);
@@ -493,28 +489,58 @@ class TileAgent {
     }
   }
 
-  // Updates the k-th vector, stores its weights, and calls set_momentum(e, updated momentum) for each element.
-  template <typename Random, typename SetMomentum>
-  __device__ __forceinline__ void update_vector(const Tile<Types>& tile, const Coefficients<Compute>& c,
-                                                const Random& random, int k, uint32_t first, int inside,
-                                                uint32_t misaligned, const SetMomentum& set_momentum) {
-    Packed<typename Types::Param, kVector> param;
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      auto weight = static_cast<Compute>(weight_[k].get(e));
-      Compute momentum_buffer = momentum_of(k, e);
-      fused_lars::update(c, static_cast<Compute>(grad_[k].get(e)), weight, momentum_buffer);
-      if constexpr (Random::kWeight) {
-        weight_[k].set_bits(e, rounded_bits<typename Types::Weight>(weight, random.weight.of(k, e)));
-      } else {
-        weight_[k].set(e, static_cast<typename Types::Weight>(weight));
-      }
-      set_momentum(e, momentum_buffer);
-      if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
+  template <bool kRoundsWeight>
+  __device__ __forceinline__ void update_elements(const Tile<Types>& tile, Coefficients<Compute> c,
+                                                  const RandomBitsOfTile& random, UncodedMomentum& uncoded) {
+    if (c.nesterov) {
+      c.nesterov = true;  // known to the compiler from here
+      update_vectors<kRoundsWeight>(tile, c, random, uncoded);
+    } else {
+      c.nesterov = false;
+      update_vectors<kRoundsWeight>(tile, c, random, uncoded);
     }
-    store(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
-    if constexpr (Types::kHasMaster) {
-      store(param, tile.param + first, !(misaligned & tile.kParam), inside);
+  }
+
+  // Stores all but int8 momentum, which goes to `uncoded`.
+  template <bool kRoundsWeight>
+  __device__ __forceinline__ void update_vectors(const Tile<Types>& tile, const Coefficients<Compute>& c,
+                                                 const RandomBitsOfTile& random, UncodedMomentum& uncoded) {
+    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
+      Packed<typename Types::Param, kVector> param;
+      if constexpr (Types::kHasCodes) uncoded.largest[k] = 0;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        auto weight = static_cast<Compute>(weight_[k].get(e));
+        Compute momentum_buffer = momentum_of(k, e);
+        fused_lars::update(c, static_cast<Compute>(grad_[k].get(e)), weight, momentum_buffer);
+        if constexpr (Types::kHasCodes) {
+          uncoded.elements[k][e] = momentum_buffer;
+          // What lies outside of the tensor may have become NaN.
+          if (e < inside) uncoded.largest[k] = max(uncoded.largest[k], magnitude_bits(momentum_buffer));
+        } else {
+          constexpr bool kRounds =
+              Types::kMomentumRounds || (kRoundsWeight && Types::kMomentumRoundsAsWeight);
+          set<kRounds>(momentum_buffer_[k], e, momentum_buffer, random.momentum_buffer, k);
+        }
+        set<kRoundsWeight>(weight_[k], e, weight, random.weight, k);
+        if constexpr (Types::kHasMaster) param.set(e, static_cast<typename Types::Param>(weight));
+      }
+      store(weight_[k], tile.weight + first, !(misaligned & tile.kWeight), inside);
+      if constexpr (!Types::kHasCodes) store_momentum(tile, k, first, inside, misaligned);
+      if constexpr (Types::kHasMaster) {
+        store(param, tile.param + first, !(misaligned & tile.kParam), inside);
+      }
+    });
+  }
+
+  // Sets an element of the k-th vector, rounded.
+  template <bool kStochastically, typename T>
+  static __device__ __forceinline__ void set(Packed<T, kVector>& to, int e, Compute value,
+                                             const RandomVectors<kVector>& random, int k) {
+    if constexpr (kStochastically) {
+      to.set_bits(e, rounded_bits<T>(value, random.of(k, e)));
+    } else {
+      to.set(e, static_cast<T>(value));
     }
   }
 
@@ -524,43 +550,11 @@ class TileAgent {
     store(momentum_buffer_[k], tile.momentum_buffer + first, !(misaligned & tile.kMomentumBuffer), inside);
   }
 
-  template <typename Random>
-  __device__ __forceinline__ void update_elements(const Tile<Types>& tile, const Coefficients<Compute>& c,
-                                                  const Random& random) {
-    if constexpr (Types::kHasCodes) {
-      update_blocks(tile, c, random);
-    } else {
-      for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
-        using MomentumBuffer = typename Types::MomentumBuffer;
-        update_vector(tile, c, random, k, first, inside, misaligned, [&](int e, Compute momentum_buffer) {
-          if constexpr (Random::kMomentum) {
-            const uint32_t bits = random.momentum_buffer.of(k, e);
-            momentum_buffer_[k].set_bits(e, rounded_bits<MomentumBuffer>(momentum_buffer, bits));
-          } else {
-            momentum_buffer_[k].set(e, static_cast<MomentumBuffer>(momentum_buffer));
-          }
-        });
-        store_momentum(tile, k, first, inside, misaligned);
-      });
-    }
-  }
-
-  // With int8 momentum. A block's scale is known once all of its elements are, so they stay in registers.
-  template <typename Random>
-  __device__ __forceinline__ void update_blocks(const Tile<Types>& tile, const Coefficients<Compute>& c,
-                                                const Random& random) {
+  // Encodes momentum as int8 and stores it.
+  __device__ __forceinline__ void encode_momentum(const Tile<Types>& tile, const RandomBitsOfTile& random,
+                                                  const UncodedMomentum& uncoded) {
     using Lanes = LanesOfBlock<kVector>;
-    float updated[kVectorsPerThread][kVector];
-    uint32_t largest[kVectorsPerThread];
-    for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
-      largest[k] = 0;
-      update_vector(tile, c, random, k, first, inside, misaligned, [&](int e, float momentum_buffer) {
-        updated[k][e] = momentum_buffer;
-        // What lies outside of the tensor may have become NaN.
-        if (e < inside) largest[k] = max(largest[k], magnitude_bits(momentum_buffer));
-      });
-    });
-    const BlockScale own = block_scale(Lanes::max_of_own(largest));
+    const BlockScale own = block_scale(Lanes::max_of_own(uncoded.largest));
     const uint32_t own_block = Lanes::own_block();
     if (threadIdx.x % Lanes::kQuarter == 0 && own_block * kScaleBlock < tile.count) {
       tile.momentum_scale[own_block] = own.scale;
@@ -571,7 +565,7 @@ class TileAgent {
     for_each_vector(tile, [&](int k, uint32_t first, int inside, uint32_t misaligned) {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        momentum_buffer_[k].set(e, encode(updated[k][e], gain[k], random.momentum_buffer.of(k, e)));
+        momentum_buffer_[k].set(e, encode(uncoded.elements[k][e], gain[k], random.momentum_buffer.of(k, e)));
       }
       store_momentum(tile, k, first, inside, misaligned);
     });

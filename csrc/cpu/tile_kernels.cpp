@@ -487,7 +487,7 @@ void update_bf16_run(Coefficients<float> c, float* __restrict weight, const floa
 FUSED_LARS_INLINE bool update_chunk_of_bf16(const Coefficients<float>& c, const TensorPointers& tensors,
                                             int64_t offset, int64_t count) {
   if (tensors.weight.element != Element::f32 || tensors.grad.element != Element::f32 ||
-      tensors.momentum_buffer.element != Element::bf16) {
+      tensors.momentum_buffer.element != Element::bf16 || tensors.low_precision.data != nullptr) {
     return false;
   }
   const ChunkRandomBits random(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
