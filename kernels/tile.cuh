@@ -492,7 +492,10 @@ class TileAgent {
   template <bool kRoundsWeight>
   __device__ __forceinline__ void update_elements(const Tile<Types>& tile, Coefficients<Compute> c,
                                                   const RandomBitsOfTile& random, UncodedMomentum& uncoded) {
-    if (c.nesterov) {
+    if constexpr (kRoundsWeight || Types::kMomentumRounds) {
+      // One copy of the code. Rounding costs more than the branch, and such kernels take long to compile.
+      update_vectors<kRoundsWeight>(tile, c, random, uncoded);
+    } else if (c.nesterov) {
       c.nesterov = true;  // known to the compiler from here
       update_vectors<kRoundsWeight>(tile, c, random, uncoded);
     } else {

@@ -268,7 +268,8 @@ def test_the_mean_of_int8_momentum_is_exact(device):
         call_op([leaf])
         total += rounding.decode(leaf.momentum_buffer, leaf.momentum_scale)
     scale = leaf.momentum_scale.double().cpu().repeat_interleave(bounds.BLOCK)
-    off = (total / updates - values.double()) / bounds.code_gap(values.abs().double(), scale)
+    gap = torch.from_numpy(bounds.code_gap(values.abs().double().numpy(), scale.numpy()))
+    off = (total / updates - values.double()) / gap
     bias = 2.0**-13 + 64 * bounds.CODE_ERROR  # two codes are at least a 64th of their number apart
     assert off.abs().max() < 6 * 0.5 / math.sqrt(updates) + bias
     assert abs(off.mean()) < 5 * 0.5 / math.sqrt(updates * values.numel()) + bias
@@ -451,7 +452,7 @@ def test_momentum_is_encoded_to_nearest(of, device, generator):
     values = rounding.in_memory_order(momentum.float(), codes)
     its_scale = scale.double().cpu().repeat_interleave(bounds.BLOCK)[: values.numel()]
     off = (rounding.in_memory_order(decoded, codes).double() - values.double()).abs()
-    gap = bounds.code_gap(values.double().abs(), its_scale)
+    gap = torch.from_numpy(bounds.code_gap(values.double().abs().numpy(), its_scale.numpy()))
     allowed = (0.5 + 2.0**-12) * gap + bounds.CODE_ERROR * values.double().abs()
     assert bool((off <= allowed).all())
     expected_codes, expected_scale = rounding.to_int8(values.numpy())
