@@ -72,7 +72,8 @@ at::Tensor random_bits(const at::Tensor& rng_state, RoundedTensor tensor, const 
     key1 = (key1 + static_cast<int64_t>(kPhiloxIncrement[1])) & 0xffffffff;
   }
   const auto words = at::stack({a, b, c, d}, 1);
-  const auto half = at::stack({words & 0xffff, right_shift(words, 16)}, 2).reshape({-1, kElementsPerDraw / 2});
+  const auto half =
+      at::stack({words & 0xffff, right_shift(words, 16)}, 2).reshape({-1, kElementsPerDraw / 2});
   const auto bits = at::cat({half, half ^ 0xffff}, 1).reshape(-1);
   return bits.index_select(0, at::arange(numel, rng_state.options()) + (first & (kElementsPerDraw - 1)))
       .to(at::kInt);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Defines kernel_of_param, and with it the kernel's instantiations: one for each combination of element types.
-// Everything else is decided at run time.
+// Defines kernel_of_param, and with it the kernel's instantiations: one for each combination of element
+// types. Everything else is decided at run time.
 
 #include <type_traits>
 

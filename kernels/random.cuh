@@ -74,7 +74,8 @@ class RandomVectors {
       if (skipped + kVector > kElementsPerDraw) high = draw_bits(rng, tensor, draw + 1);
       uint32_t words[12];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = low.words[i], words[4 + i] = ~low.words[i], words[8 + i] = high.words[i];
+      for (int i = 0; i < 4; ++i)
+        words[i] = low.words[i], words[4 + i] = ~low.words[i], words[8 + i] = high.words[i];
       // Shifts by constants. An index that is not known to the compiler would put the words in local memory.
 #pragma unroll
       for (int i = 0; i < 8; ++i) words[i] = skipped & 8 ? words[i + 4] : words[i];

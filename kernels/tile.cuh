@@ -115,7 +115,8 @@ struct Packed {
 
   // Of an element of 8 or 16 bits.
   __device__ __forceinline__ void set_bits(int e, Bits<T> bits) {
-    const uint32_t other = words[e / kPerWord] & ~(static_cast<uint32_t>(static_cast<Bits<T>>(-1)) << shift(e));
+    const uint32_t other =
+        words[e / kPerWord] & ~(static_cast<uint32_t>(static_cast<Bits<T>>(-1)) << shift(e));
     words[e / kPerWord] = other | static_cast<uint32_t>(bits) << shift(e);
   }
 
@@ -372,7 +373,8 @@ class TileAgent {
   __device__ __forceinline__ void update(const Tile<Types>& tile, const Coefficients<Compute>& c) {
     RandomBitsOfTile random;
     UncodedMomentum uncoded;
-    if constexpr (Types::kMomentumRounds) random.momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
+    if constexpr (Types::kMomentumRounds)
+      random.momentum_buffer.draw(tile.rng, RoundedTensor::momentum_buffer);
     if constexpr (Types::kWeightMayRound) {
       if (tile.rounds_weight) {
         random.weight.draw(tile.rng, RoundedTensor::weight);

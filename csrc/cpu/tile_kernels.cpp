@@ -257,8 +257,8 @@ void open_int8(const TensorPointers& tensors, int64_t offset, int64_t count, flo
 }
 
 // Not inlined, because GCC 12 would then warn that random bits may not have been set.
-[[gnu::noinline]] void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count, const float* values,
-                const uint16_t* bits) {
+[[gnu::noinline]] void close_int8(const TensorPointers& tensors, int64_t offset, int64_t count,
+                                  const float* values, const uint16_t* bits) {
   auto* __restrict codes = static_cast<int8_t*>(tensors.momentum_buffer.data) + offset;
   for_blocks(count, [&](int64_t first, int64_t n) {
     int32_t largest = 0;
