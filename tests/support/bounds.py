@@ -22,8 +22,8 @@ storage       Half a unit in the last place of the stored dtype: its unit roundo
 stochastic    A number is rounded to one of its two neighbours. So the error is up to a whole unit in the last
               place: twice the unit roundoff times the value, or the smallest number.
 int8          In a block whose largest magnitude is L, a code c stands for (c / 127)^2 * L. x becomes one of
-              its two neighbours. They are (2 c + 1) / 127^2 * L apart, where c is at most 127 * sqrt(x / L). Four
-              operations to encode and to decode are rounded (u each). L is taken as at least 2^-112.
+              its two neighbours. They are (2 c + 1) / 127^2 * L apart, where c is at most 127 * sqrt(x / L).
+              Four operations to encode and to decode are rounded (u each). L is at least 2^-112.
 
 SLACK covers the products of errors that a first-order bound leaves out.
 """
