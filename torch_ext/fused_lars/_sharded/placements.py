@@ -16,8 +16,8 @@ def is_placed_as(got, spec) -> bool:
     return got is spec or (got.mesh is spec.mesh and got.placements == spec.placements)
 
 
-def first_element_of_shard(param: DTensor) -> int:
-    """The index that a shard's first element has for stochastic rounding.
+def first_element_of_shard(param) -> int:
+    """The index that the first element of a DTensor's shard has for stochastic rounding.
 
     In a shard of rows it is the index in the whole tensor. So the whole tensor gets the same random bits from
     any number of ranks. A shard of another kind is not a run of elements of the whole, and gets a range of
@@ -28,7 +28,7 @@ def first_element_of_shard(param: DTensor) -> int:
     sharded = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
     if coordinate is None or not sharded:
         return 0
-    if all(type(param.placements[i]) is Shard and param.placements[i].dim == 0 for i in sharded):
+    if all(param.placements[i] == Shard(0) for i in sharded):
         return first_row(param) * (numel // param.shape[0] if param.shape[0] else 0)
     number = 1
     for i in sharded:
@@ -36,8 +36,8 @@ def first_element_of_shard(param: DTensor) -> int:
     return number * numel
 
 
-def sharded_like(local: Tensor, param: DTensor) -> DTensor:
-    """Makes a DTensor of local tensors that is sharded as a parameter is."""
+def sharded_like(local: Tensor, param) -> DTensor:
+    """Makes a DTensor of local tensors that is sharded as another DTensor is."""
     return DTensor.from_local(
         local,
         param.device_mesh,
