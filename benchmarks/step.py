@@ -127,11 +127,8 @@ def torch_sgd_in_two_groups(params):
 
 # By type: what takes the place of fused_lars and its peers.
 LOW_PRECISION = {
-    "masters": {
-        "fused_lars": low_precision(master_weights=True),
-        "fused_lars, bf16 momentum": low_precision(master_weights=True, momentum_dtype=torch.bfloat16),
-        "fused_lars, int8 momentum": low_precision(master_weights=True, momentum_dtype="int8"),
-    },
+    # One only: an optimizer with masters compares all that another one has written.
+    "masters": {"fused_lars": low_precision(master_weights=True)},
     "momentum": {
         "fused_lars": low_precision(),
         "fused_lars, bf16 momentum": low_precision(momentum_dtype=torch.bfloat16),

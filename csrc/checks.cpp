@@ -40,7 +40,7 @@ void check_param(const at::Tensor& param, int64_t index, at::Device device) {
 
 // A gradient or state: it has the sizes and the device of its parameter, and one of some dtypes.
 void check_companion(const at::Tensor& tensor, const Name& name, const at::Tensor& param,
-                     const std::vector<at::ScalarType>& dtypes) {
+                     at::ArrayRef<at::ScalarType> dtypes) {
   FUSED_LARS_CHECK(tensor.layout() == at::kStrided, InvalidTensor, name, " has layout ", tensor.layout(),
                    "; allowed: Strided (sparse gradients are not supported)");
   FUSED_LARS_CHECK(tensor.sym_sizes().equals(param.sym_sizes()), ShapeMismatch, name, " has shape ",
@@ -49,16 +49,12 @@ void check_companion(const at::Tensor& tensor, const Name& name, const at::Tenso
                    "; expected the device of its parameter, ", param.device());
   const auto got = tensor.scalar_type();
   if (std::find(dtypes.begin(), dtypes.end(), got) != dtypes.end()) return;
-  std::string allowed;
-  for (const auto dtype : dtypes) allowed += (allowed.empty() ? "" : ", ") + std::string(toString(dtype));
+  std::string allowed = toString(dtypes[0]);
+  for (const auto dtype : dtypes.slice(1)) {
+    if (dtype != dtypes[0]) allowed += c10::str(", ", dtype);
+  }
   FUSED_LARS_CHECK(false, InvalidTensor, name, " has dtype ", got, "; allowed for a parameter of ",
                    param.scalar_type(), ": ", allowed);
-}
-
-// The dtypes of a gradient.
-std::vector<at::ScalarType> own_or_float(at::ScalarType param) {
-  if (param == at::kFloat) return {at::kFloat};
-  return {param, at::kFloat};
 }
 
 // A vector that belongs to one parameter.
@@ -258,7 +254,7 @@ void check_companions(const Step& step, at::Device device) {
   int64_t index = 0, buffer = 0, master = 0, applied = 0, scale = 0, rng = 0;
   for (const auto& tensor : step.tensors) {
     const auto dtype = tensor.param.scalar_type();
-    check_companion(tensor.grad, {"grads", index}, tensor.param, own_or_float(dtype));
+    check_companion(tensor.grad, {"grads", index}, tensor.param, {dtype, at::kFloat});
     check_writable(tensor.param, {"params", index});
     if (tensor.momentum_buffer.defined()) {
       const Name name{"momentum_buffers", buffer++};

@@ -77,10 +77,15 @@ inline bool needs_rng_state(const Hyperparameters& group, at::ScalarType weight,
 }
 
 // The dtypes that the momentum buffer of a parameter may have. int8 (Char) comes with scales.
-inline std::vector<at::ScalarType> momentum_dtypes(at::ScalarType param) {
-  if (param == at::kDouble) return {at::kDouble, at::kFloat};
-  if (param == at::kFloat) return {at::kFloat, at::kBFloat16, at::kHalf, at::kChar};
-  return {param, at::kFloat, at::kChar};
+inline at::ArrayRef<at::ScalarType> momentum_dtypes(at::ScalarType param) {
+  static constexpr at::ScalarType of_double[] = {at::kDouble, at::kFloat};
+  static constexpr at::ScalarType of_float[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar};
+  static constexpr at::ScalarType of_half[] = {at::kHalf, at::kFloat, at::kChar};
+  static constexpr at::ScalarType of_bfloat16[] = {at::kBFloat16, at::kFloat, at::kChar};
+  if (param == at::kDouble) return of_double;
+  if (param == at::kHalf) return of_half;
+  if (param == at::kBFloat16) return of_bfloat16;
+  return of_float;
 }
 
 // The dtype of norms and trust ratios: fp64, or fp32 on a device without fp64.
