@@ -267,7 +267,7 @@ def test_saved_on_2_ranks(kind, tmp_path):
             if ranks == 2 or "int8" not in kind or not got.is_floating_point():
                 assert torch.equal(got, expected)
             else:  # other blocks
-                assert (got - expected).abs().max() <= 0.51 / 127 * expected.abs().max()
+                assert (got - expected).abs().max() <= 0.51 * 2 / 127 * expected.abs().max()
         if ranks == 2:
             assert all(map(torch.equal, resumed, uninterrupted))
 
@@ -341,7 +341,7 @@ def test_a_dtype_that_changes_between_steps():
             assert state["momentum_buffer"].dtype == {"int8": torch.int8, None: F32}.get(target, target)
             assert state["momentum_buffer"].placements == p.placements
             assert ("momentum_scale" in state) == (target == "int8")
-            unit = {"int8": 1 / 127, BF16: 2.0**-7}.get(target, 2.0**-22)
+            unit = {"int8": 2 / 127, BF16: 2.0**-7}.get(target, 2.0**-22)
             assert (new.float() - 0.9 * old.float()).abs().max() <= 1.51 * unit * old.float().abs().max()
 
 

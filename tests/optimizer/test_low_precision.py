@@ -89,9 +89,10 @@ def assert_same(optimizer, other) -> None:
 def unit(values: torch.Tensor, kind) -> torch.Tensor:
     """The distance between neighbours of a dtype around each value."""
     if kind == "int8":  # of values whose memory is contiguous
-        units = [
-            block.abs().amax().expand(len(block)) / 127 for block in values.flatten().split(128) if len(block)
-        ]
+        units = []
+        for block in values.flatten().split(128):
+            largest = block.abs().amax(dim=0, keepdim=True).clamp_min(1e-30) if len(block) else block
+            units.append((254 * (block.abs() / largest).sqrt() + 1) / 127**2 * largest)
         return torch.cat([values.new_empty(0), *units]).view(values.shape)
     if kind in HALF:
         exponents = torch.frexp(values).exponent.clamp_min(-13 if kind == F16 else -125)
@@ -762,12 +763,12 @@ def test_small_momentum_beside_large_is_not_lost(device):
     """One element of a block sets the scale. The mean of those far below a code is right."""
     n = 128
     params = [nn.Parameter(torch.zeros(n, device=device)) for _ in range(300)]
-    grad = torch.full((n,), 0.1 / 127, device=device)
+    grad = torch.full((n,), 0.1 / 127**2, device=device)
     grad[0] = 1.0
     optimizer = LARS(params, lr=1.0, momentum=0.9, layer_adaptation=False, momentum_dtype="int8")
     for p in params:
         p.grad = grad
     optimizer.step()
-    small = torch.stack(momentum_of(optimizer))[:, 1:] * 127
+    small = torch.stack(momentum_of(optimizer))[:, 1:] * 127**2
     assert {*small.round(decimals=3).unique().tolist()} == {0.0, 1.0}
     assert small.mean().item() == pytest.approx(0.1, abs=5 * 0.3 / small.numel() ** 0.5)
