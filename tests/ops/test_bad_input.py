@@ -974,6 +974,8 @@ def test_a_switch_that_is_none(name):
     for value in ("no", None, 2):
         with pytest.raises(ValueError, match=rf"^{name} is {value!r}; allowed: True, False"):
             LARS([nn.Parameter(torch.ones(2))], **{name: value})
+    if name == "stochastic_rounding":
+        return  # a load leaves it as it is
     optimizer = LARS([nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match=rf"^{name} in group 1 is 'no'; allowed: True, False"):
         optimizer.load_state_dict(
