@@ -16,5 +16,5 @@ python_use_unqualified_type_names = True
 # Names of this package must be found; those of torch and of Python are on other sites.
 nitpick_ignore_regex = [
     (r"py:.*", r"torch\..*|collections\.abc\..*|Tensor|LARS|Loss|fused_lars\._records\.LayerNorms"),
-    (r"py:class", r"\"decayed\"|callable|iterable|optional"),
+    (r"py:class", r"\"decayed\"|\"int8\"|callable|iterable|optional"),
 ]
