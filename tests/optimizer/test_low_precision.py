@@ -538,7 +538,7 @@ def test_a_dtype_that_changes_between_steps(source, target, implementation, devi
     optimizer.param_groups[0].update(momentum_dtype=target, lr=0.0)
     train(optimizer, range(1))  # lr 0: momentum decays, and the weights keep going
     expected = [0.9 * m.float() for m in before]
-    # Half a unit for the conversion, which came before the decay and may have rounded up, and one for the step.
+    # Half a unit for the conversion, which came before the decay and may have rounded up. One for the step.
     growth = (1 + 2.0**-7) / 0.9
     after = momentum_of(optimizer)
     assert_converted(expected, after, target, units=1.5001, roundoff=2.0**-22, growth=growth)
