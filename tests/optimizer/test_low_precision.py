@@ -95,8 +95,9 @@ def unit(values: torch.Tensor, kind) -> torch.Tensor:
             units.append((254 * (block.abs() / largest).sqrt() + 1) / 127**2 * largest)
         return torch.cat([values.new_empty(0), *units]).view(values.shape)
     if kind in HALF:
-        exponents = torch.frexp(values).exponent.clamp_min(-13 if kind == F16 else -125)
-        return torch.ldexp(torch.ones_like(values), exponents - (11 if kind == F16 else 8))
+        exponents = torch.frexp(values.cpu()).exponent.clamp_min(-13 if kind == F16 else -125)
+        units = torch.ldexp(torch.ones(values.shape), exponents - (11 if kind == F16 else 8))
+        return units.to(values.device)
     return torch.zeros_like(values)
 
 
