@@ -33,18 +33,13 @@ constexpr int64_t kRngStateSize = sizeof(RngState) / sizeof(int64_t);
 enum class RoundedTensor : uint32_t { momentum_buffer, weight };
 
 // The random bits of this many neighbouring elements come from one call of the generator, 16 for each. The
-// second half of the elements takes the complement of what the first half takes. That is as random for each
-// element, costs half as much, and lets the errors of the two cancel a little (antithetic variates).
+// first half of the elements takes the words in order, from each word its low half first. The second half
+// takes the complement of what the first half takes. That is as random for each element, costs half as much,
+// and lets the errors of the two cancel a little (antithetic variates).
 constexpr int kElementsPerDraw = 16;
 
 struct RandomBits {
   uint32_t words[4];
-
-  // Of the i-th element of the draw.
-  FUSED_LARS_INLINE uint32_t of(int i) const {
-    const uint32_t word = i < kElementsPerDraw / 2 ? words[i / 2] : ~words[i / 2 - 4];
-    return word >> (i % 2 * 16) & 0xffff;
-  }
 };
 
 // Philox4x32 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"). 7 rounds are

@@ -199,9 +199,9 @@ class ChunkRandomBits {
   FUSED_LARS_INLINE static void draw_at_once(const RngState& rng, RoundedTensor tensor, uint64_t draw,
                                              uint64_t* first_half, uint64_t* second_half) {
     Vector<uint64_t> a[kVectors], b[kVectors], c[kVectors], d[kVectors], zero = {};
+    const RandomBits counter = draw_counter(rng, tensor, draw);
     for (int64_t v = 0; v < kVectors; ++v) {
       for (int64_t lane = 0; lane < kLanes; ++lane) a[v][lane] = static_cast<uint64_t>(v * kLanes + lane);
-      const RandomBits counter = draw_counter(rng, tensor, draw);
       a[v] += draw;
       b[v] = a[v] >> 32;
       c[v] = zero + counter.words[2];
@@ -439,38 +439,28 @@ FUSED_LARS_INLINE T* open_momentum(const TensorPointers& tensors, int64_t offset
   return open(tensors.momentum_buffer, offset, count, scratch);
 }
 
+// Writes the updated weight or momentum, rounded as the step asks for.
 template <typename T>
-FUSED_LARS_INLINE void close_momentum(const TensorPointers& tensors, int64_t offset, int64_t count,
-                                      const T* values) {
+FUSED_LARS_INLINE void close_rounded(const TensorPointers& tensors, RoundedTensor which, int64_t offset,
+                                     int64_t count, const T* values) {
+  const bool is_weight = which == RoundedTensor::weight;
+  const ElementPointer x = is_weight ? tensors.weight : tensors.momentum_buffer;
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (tensors.rounds_momentum_stochastically) {
-      const ChunkRandomBits random(tensors.rng, RoundedTensor::momentum_buffer, offset, count);
-      if (tensors.momentum_scale != nullptr) {
+    if (is_weight ? tensors.rounds_weight_stochastically : tensors.rounds_momentum_stochastically) {
+      const ChunkRandomBits random(tensors.rng, which, offset, count);
+      if (x.element == Element::i8) {
         close_int8(tensors, offset, count, values, random.data());
       } else {
-        close_stochastically(tensors.momentum_buffer, offset, count, values, random.data());
+        close_stochastically(x, offset, count, values, random.data());
       }
       return;
     }
   }
-  close(tensors.momentum_buffer, offset, count, values);
+  close(x, offset, count, values);
 }
 
-template <typename T>
-FUSED_LARS_INLINE void close_weight(const TensorPointers& tensors, int64_t offset, int64_t count,
-                                    const T* values) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (tensors.rounds_weight_stochastically) {
-      const ChunkRandomBits random(tensors.rng, RoundedTensor::weight, offset, count);
-      close_stochastically(tensors.weight, offset, count, values, random.data());
-      return;
-    }
-  }
-  close(tensors.weight, offset, count, values);
-}
-
-// The same with momentum in bf16, converted on the way and rounded stochastically. For the other types, which
-// are converted in runs of their own, that would save less.
+// update_run with momentum in bf16, converted on the way and rounded stochastically. For the other types,
+// which are converted in runs of their own, that would save less.
 template <bool nesterov>
 void update_bf16_run(Coefficients<float> c, float* __restrict weight, const float* __restrict grad,
                      uint16_t* __restrict momentum_buffer, const uint16_t* bits, int64_t count) {
@@ -521,11 +511,11 @@ void update_tile(const Coefficients<T>& c, const TensorPointers& tensors, int64_
       } else {
         update_run<T, false, true>(c, weight, grad, buffer, n);
       }
-      close_momentum(tensors, at, n, buffer);
+      close_rounded(tensors, RoundedTensor::momentum_buffer, at, n, buffer);
     } else {
       update_run<T, false, false>(c, weight, grad, nullptr, n);
     }
-    close_weight(tensors, at, n, weight);
+    close_rounded(tensors, RoundedTensor::weight, at, n, weight);
     if (has_low_precision) close(tensors.low_precision, at, n, weight);
   }
 }
