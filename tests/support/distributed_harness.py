@@ -6,6 +6,7 @@ a new one.
 """
 
 import atexit
+import functools
 import importlib
 import inspect
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import device_mesh
 
 TIME_LIMIT = 120.0  # seconds for a test; a hang takes this long, and a slow machine must not look like a hang
 PRELOAD = [
@@ -120,6 +122,8 @@ def _serve(rank: int, world_size: int, directory: str, pipe) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
+    # The groups of a mesh have threads that wake up all the time, and hundreds of them slow all other tests down.
+    device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     while True:
         try:
             module, name, kwargs = pipe.recv()
