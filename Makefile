@@ -21,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/torch_ext$(if $(PYTHONPATH),:$(PYTHONPATH))
 CXX_FILES = $(shell git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-.PHONY: train ssl test bench gpu-report build train-cpp sanitize format docs lint googletest clean
+.PHONY: train ssl test bench gpu-report build train-cpp sanitize wheels test-wheels format docs lint googletest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/examples.stamp build
@@ -54,6 +54,7 @@ build: $(VENV)/build.stamp
 	    -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" \
 	    -DCMAKE_INSTALL_PREFIX=$(CURDIR)/torch_ext/fused_lars $(CMAKE_FLAGS)
 	cmake --build build --parallel $(JOBS)
+	rm -rf torch_ext/fused_lars/lib  # where an earlier build may have put a library for another torch
 	cmake --install build >/dev/null
 
 # A program without Python, which trains a model that a Python program has saved.
@@ -70,6 +71,30 @@ sanitize-%: $(VENV)/build.stamp googletest
 	    -DFUSED_LARS_TESTS=ON -DFUSED_LARS_SANITIZE=$(SANITIZERS_$*)
 	cmake --build build/$* --parallel $(JOBS)
 	ctest --test-dir build/$* --output-on-failure --no-tests=error --parallel $(JOBS)
+
+# ---------------------------------------------------------------- release
+
+# The torch to compile against, one of each series that the wheel serves, and those to test it with.
+TORCHES ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+WHEEL = $(wildcard dist/*.whl)
+
+# dist/*.whl, with a library for each of TORCHES. auditwheel checks what they need, and gives the wheel its name.
+wheels: $(VENV)/wheels.stamp $(TORCHES:%=build/torch/%/torch/version.py)
+	rm -rf build/wheels dist
+	FUSED_LARS_TORCHES="$(TORCHES:%=$(CURDIR)/build/torch/%/torch)" FUSED_LARS_CUDA=$${FUSED_LARS_CUDA-1} \
+	    $(PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheels .
+	auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --wheel-dir dist \
+	    --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libfused_lars_kernels.so build/wheels/*.whl
+	ls -l dist
+
+# In an environment of its own for each of TORCHES. A version such as 2.13.0+cpu may need OPTIONS=--index-url=...
+test-wheels: $(VENV)/bin/python
+	for torch in $(TORCHES); do \
+	    $(PYTHON) packaging/test_wheel.py $(WHEEL) $$torch $(OPTIONS) || exit; \
+	done
+
+build/torch/%/torch/version.py: | $(VENV)/bin/python
+	$(PYTHON) packaging/fetch_torch.py $* build/torch/$*
 
 # ---------------------------------------------------------------- habits
 

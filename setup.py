@@ -2,7 +2,8 @@
 
     pip install .
 
-builds against the installed torch. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+builds against the installed torch. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured. `make wheels`
+sets FUSED_LARS_TORCHES to the folders of torch packages: the wheel then has libraries for each of these series.
 """
 
 import importlib.machinery
@@ -55,9 +56,16 @@ def find_torch() -> Path | None:
     return folder if folder and (folder / "version.py").is_file() else None  # pip leaves empty folders behind
 
 
+TORCHES = [Path(folder) for folder in os.environ.get("FUSED_LARS_TORCHES", "").split()]
+
+
 def torch_requirement() -> str:
-    """The series of torch that a wheel built here works with. Without torch (an sdist), all that may work."""
-    torch = find_torch()
+    """The series of torch that a wheel built here works with. Without torch (an sdist), all that may work.
+
+    A wheel for several series has no upper limit: pip would replace a newer torch by an older one to keep it,
+    which costs gigabytes and more surprise than the ImportError that a torch without a library gives.
+    """
+    torch = None if TORCHES else find_torch()
     if torch is None:
         return "torch>=" + from_cmake(r"set\(FUSED_LARS_OLDEST_TORCH ([\d.]+)")
     return "torch==" + re.search(r"__version__ = '(\d+\.\d+)", (torch / "version.py").read_text())[1] + ".*"
@@ -68,7 +76,7 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         torch = find_torch()
-        if torch is None:
+        if torch is None and not TORCHES:
             sys.exit(
                 f"fused_lars is built against the torch that is installed, and {sys.executable} has none. "
                 "If torch is installed, this build is isolated from it: add --no-build-isolation. "
@@ -79,18 +87,18 @@ class CMakeBuild(build_ext):
         package = (
             ROOT / "torch_ext" / "fused_lars" if in_place else Path(self.build_lib, "fused_lars").resolve()
         )
-        configure = [cmake, "-S", ROOT, "-B", self.build_temp, f"-DTorch_DIR={torch / 'share/cmake/Torch'}"]
-        configure += [
-            f"-DCMAKE_INSTALL_PREFIX={package}",
-            f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}",
-        ]
+        # One build folder for all series of torch, so that what knows no torch is compiled once.
+        build = f"{self.build_temp}-portable" if TORCHES else self.build_temp
+        options = [f"-DCMAKE_INSTALL_PREFIX={package}", f"-DFUSED_LARS_WHEEL={'OFF' if in_place else 'ON'}"]
+        options += [f"-DFUSED_LARS_PORTABLE={'ON' if TORCHES else 'OFF'}"]
         if ninja := tool("ninja"):
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run(configure, check=True)
-        subprocess.run(
-            [cmake, "--build", self.build_temp, "--parallel", jobs, "--target", "install"], check=True
-        )
+        shutil.rmtree(package / "lib", ignore_errors=True)  # of an earlier build, for another torch
+        for folder in TORCHES or [torch]:
+            where = ["-S", ROOT, "-B", build, f"-DTorch_DIR={folder / 'share/cmake/Torch'}"]
+            subprocess.run([cmake, *where, *options], check=True)
+            subprocess.run([cmake, "--build", build, "--parallel", jobs, "--target", "install"], check=True)
 
     # setuptools asks these about Python extension modules. There are none.
     def get_source_files(self) -> list[str]:

@@ -1,19 +1,23 @@
 # Decides whether to build the CUDA part, with which toolkit and for which GPUs, and enables the CUDA
-# language. Sets FUSED_LARS_WITH_CUDA, and FUSED_LARS_CUDA_CONFIG for show_config().
+# language. Sets FUSED_LARS_WITH_CUDA, FUSED_LARS_CUDA_MAJOR (the toolkit's version), and for show_config()
+# FUSED_LARS_CUDA_CONFIG and FUSED_LARS_NO_CUDA_CONFIG.
 #
 # FUSED_LARS_CUDA is an option or an environment variable. 1: an error if the CUDA part cannot be built. 0:
-# skip it. Otherwise: build it if LibTorch is a CUDA build and a toolkit of its major version is found.
-# TORCH_CUDA_ARCH_LIST is set in the same ways, such as "8.0;9.0+PTX".
+# skip it. Otherwise: build it if LibTorch is a CUDA build and a toolkit is found that is not newer than
+# LibTorch's CUDA. TORCH_CUDA_ARCH_LIST is set in the same ways, such as "8.0;9.0+PTX".
+#
+# No CUDA runtime is linked. The loader finds its functions as LibTorch's dependency. Those that are called are
+# the same in CUDA 12 and 13, so one library serves builds of torch of both, and there is never a second runtime.
 
 set(FUSED_LARS_CUDA "" CACHE STRING "1: CUDA or an error, 0: CPU only, empty: CUDA where possible")
 if(FUSED_LARS_CUDA STREQUAL "")
   set(FUSED_LARS_CUDA "$ENV{FUSED_LARS_CUDA}")
 endif()
 
-# Returns the first nvcc of the wanted major version that finds its headers, or the reason why there is none.
-# A toolkit that the user asks for is the only candidate. Otherwise the toolkit that pip puts beside torch
-# comes first, because it has torch's exact version.
-function(fused_lars_find_nvcc major nvcc_variable reason_variable)
+# Returns the first nvcc of no newer major version that finds its headers, or the reason why there is none. What
+# a newer one compiles may need a newer driver than torch does. A toolkit that the user asks for is the only
+# candidate. Otherwise the toolkit that pip puts beside torch comes first, because it has torch's exact version.
+function(fused_lars_find_nvcc newest_major nvcc_variable reason_variable)
   set(reason "no nvcc found (CUDACXX, CUDA_HOME, beside torch, PATH, /usr/local/cuda)")
   find_program(on_path nvcc NO_CACHE)
   set(candidates "${CMAKE_CUDA_COMPILER}")
@@ -25,7 +29,7 @@ function(fused_lars_find_nvcc major nvcc_variable reason_variable)
   endif()
   if(NOT candidates)
     get_filename_component(site_packages "${FUSED_LARS_TORCH_ROOT}/.." ABSOLUTE)
-    set(candidates "${site_packages}/nvidia/cu${major}/bin/nvcc"
+    set(candidates "${site_packages}/nvidia/cu${newest_major}/bin/nvcc"
         "/usr/local/cuda-${FUSED_LARS_TORCH_CUDA_VERSION}/bin/nvcc" ${on_path} /usr/local/cuda/bin/nvcc)
   endif()
   set(probe "${CMAKE_CURRENT_BINARY_DIR}/probe.cu")
@@ -37,7 +41,7 @@ function(fused_lars_find_nvcc major nvcc_variable reason_variable)
     execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_QUIET)
     if(NOT text MATCHES "release (([0-9]+)\\.[0-9]+)")
       set(reason "${nvcc} does not run")
-    elseif(NOT CMAKE_MATCH_2 STREQUAL major)
+    elseif(CMAKE_MATCH_2 GREATER newest_major)
       set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, torch is built for CUDA ${FUSED_LARS_TORCH_CUDA_VERSION}")
     elseif(CMAKE_MATCH_1 VERSION_LESS 12.1)  # older ones do not take kernel parameters of 32 KB
       set(reason "${nvcc} is CUDA ${CMAKE_MATCH_1}, the kernels need 12.1 or newer")
@@ -70,15 +74,18 @@ function(fused_lars_cuda_architectures list architectures_variable)
 endfunction()
 
 set(FUSED_LARS_WITH_CUDA OFF)
-set(FUSED_LARS_CUDA_CONFIG "none, CPU only")
-string(REGEX MATCH "^[0-9]+" FUSED_LARS_CUDA_MAJOR "${FUSED_LARS_TORCH_CUDA_VERSION}")
+set(FUSED_LARS_NO_CUDA_CONFIG "none, CPU only")
 set(_fused_lars_nvcc "")
+string(REGEX MATCH "^[0-9]+" _fused_lars_newest_major "${FUSED_LARS_TORCH_CUDA_VERSION}")
+if(_fused_lars_newest_major AND FUSED_LARS_PORTABLE)
+  set(_fused_lars_newest_major 99)  # the same series of torch is built for other versions of CUDA too
+endif()
 if(FUSED_LARS_CUDA STREQUAL "0")
   set(_fused_lars_reason "FUSED_LARS_CUDA=0")
-elseif(NOT FUSED_LARS_CUDA_MAJOR)
+elseif(NOT _fused_lars_newest_major)
   set(_fused_lars_reason "torch ${FUSED_LARS_TORCH_VERSION} is a CPU build")
 else()
-  fused_lars_find_nvcc("${FUSED_LARS_CUDA_MAJOR}" _fused_lars_nvcc _fused_lars_reason)
+  fused_lars_find_nvcc("${_fused_lars_newest_major}" _fused_lars_nvcc _fused_lars_reason)
 endif()
 if(NOT _fused_lars_nvcc)
   if(FUSED_LARS_CUDA STREQUAL "1")
@@ -90,7 +97,6 @@ endif()
 
 set(FUSED_LARS_WITH_CUDA ON)
 set(CMAKE_CUDA_COMPILER "${_fused_lars_nvcc}")
-# The runtime is linked by its full path, because the pip toolkit has libcudart.so.13 but no libcudart.so.
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 # CMake links a program to check that nvcc works. nvcc looks in lib64, but the pip toolkit has lib.
@@ -111,21 +117,6 @@ if(NOT TORCH_CUDA_ARCH_LIST)
   endif()
 endif()
 fused_lars_cuda_architectures("${TORCH_CUDA_ARCH_LIST}" CMAKE_CUDA_ARCHITECTURES)
+string(REGEX MATCH "^[0-9]+" FUSED_LARS_CUDA_MAJOR "${CMAKE_CUDA_COMPILER_VERSION}")
 string(REPLACE ";" " " FUSED_LARS_CUDA_CONFIG "${CMAKE_CUDA_COMPILER_VERSION} for ${TORCH_CUDA_ARCH_LIST}")
 message(STATUS "fused_lars: CUDA ${FUSED_LARS_CUDA_CONFIG}, ${_fused_lars_nvcc}")
-
-# The runtime that torch itself loads, if it is beside torch.
-find_file(FUSED_LARS_CUDART "libcudart.so.${FUSED_LARS_CUDA_MAJOR}" NO_CACHE NO_DEFAULT_PATH HINTS
-  "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/lib"
-  "${FUSED_LARS_TORCH_ROOT}/../nvidia/cuda_runtime/lib" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}
-  PATH_SUFFIXES ../lib ../lib64 "../lib/${CMAKE_LIBRARY_ARCHITECTURE}")
-if(NOT FUSED_LARS_CUDART)
-  message(FATAL_ERROR "fused_lars: libcudart.so.${FUSED_LARS_CUDA_MAJOR} not found beside torch or ${_fused_lars_nvcc}")
-endif()
-# Torch's CUDA headers include those of cuBLAS and other libraries. A toolkit may lack them, but torch from
-# pip brings them.
-file(GLOB _fused_lars_pip_include "${FUSED_LARS_TORCH_ROOT}/../nvidia/cu${FUSED_LARS_CUDA_MAJOR}/include")
-add_library(fused_lars::torch_cuda INTERFACE IMPORTED)
-set_target_properties(fused_lars::torch_cuda PROPERTIES
-  INTERFACE_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES};${_fused_lars_pip_include}"
-  INTERFACE_LINK_LIBRARIES "${FUSED_LARS_TORCH_ROOT}/lib/libtorch_cuda.so;${FUSED_LARS_TORCH_ROOT}/lib/libc10_cuda.so;${FUSED_LARS_CUDART}")

@@ -66,12 +66,11 @@ set_target_properties(fused_lars::torch PROPERTIES
   INTERFACE_LINK_LIBRARIES
     "${_fused_lars_lib}/libtorch.so;${_fused_lars_lib}/libtorch_cpu.so;${_fused_lars_lib}/libc10.so")
 
-# at::parallel_for is compiled into its callers. Without OpenMP it runs on one thread. The OpenMP runtime must
-# be the one that LibTorch brings, because a second one would have its own threads.
+# at::parallel_for is compiled into its callers. Without OpenMP it runs on one thread. The OpenMP runtime must be
+# the one that LibTorch brings, because a second one would have its own threads. LibTorch's file of it has another
+# name in every build, so it is not linked: the loader finds its functions as LibTorch's dependency.
 add_library(fused_lars::torch_openmp INTERFACE IMPORTED)
-file(GLOB _fused_lars_gomp "${_fused_lars_lib}/libgomp*.so*")
-if(NOT _fused_lars_gomp OR NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  set(_fused_lars_gomp -fopenmp)
+set_target_properties(fused_lars::torch_openmp PROPERTIES INTERFACE_COMPILE_OPTIONS -fopenmp)
+if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # whose runtime LibTorch does not bring
+  set_target_properties(fused_lars::torch_openmp PROPERTIES INTERFACE_LINK_LIBRARIES -fopenmp)
 endif()
-set_target_properties(fused_lars::torch_openmp PROPERTIES
-  INTERFACE_COMPILE_OPTIONS -fopenmp INTERFACE_LINK_LIBRARIES "${_fused_lars_gomp}")

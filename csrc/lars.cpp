@@ -2,8 +2,10 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include <charconv>
-#include <ostream>
+#include <iomanip>
+#include <limits>
+#include <locale>
+#include <sstream>
 #include <unordered_set>
 
 #include "checks.h"
@@ -15,10 +17,18 @@ namespace {
 
 constexpr int64_t kStateVersion = 2;
 
-// The shortest text that is read as the same double: 0.0005, not 0.00050000000000000001.
+// A short text that is read as the same double: 0.0005, not 0.00050000000000000001. std::to_chars does not exist
+// in the libstdc++ of older systems.
 std::string shortest(double value) {
-  char text[32];
-  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+  for (int digits = 6;; ++digits) {
+    std::stringstream text;
+    text.imbue(std::locale::classic());
+    text << std::setprecision(digits) << value;
+    double read = 0.0;
+    if (digits == std::numeric_limits<double>::max_digits10 || (text >> read && read == value)) {
+      return text.str();
+    }
+  }
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 #pragma once
 
-// The host's side of the kernel, without ATen.
+// The host's side of the kernel, without ATen: the interface of libfused_lars_kernels.so.
 
 #include <cstdint>
 #include <vector>
 
 #include <cuda_runtime_api.h>
 
+#include "fused_lars/export.h"
 #include "parameters.h"
 #include "plan.h"
 
@@ -62,11 +63,11 @@ struct LaunchOptions {
 };
 
 // The workspace that launching the bucket takes: int32 words, all zero, which it leaves zero.
-int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
-                        const LaunchOptions& options);
+FUSED_LARS_API int64_t workspace_words(const Bucket& bucket, const std::vector<GroupRow>& groups,
+                                       const LaunchOptions& options);
 
 // Launches the bucket on `stream`, in one launch if the parameter space holds it.
-cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups, const LaunchOptions& options,
-                   void* workspace, cudaStream_t stream);
+FUSED_LARS_API cudaError_t launch(const Bucket& bucket, const std::vector<GroupRow>& groups,
+                                  const LaunchOptions& options, void* workspace, cudaStream_t stream);
 
 }  // namespace fused_lars

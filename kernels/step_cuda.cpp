@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <exception>
 
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -56,9 +55,14 @@ class CurrentDevice {
 void launch_all(const std::vector<Bucket>& buckets, const std::vector<GroupRow>& groups,
                 LaunchOptions options, at::Tensor workspace, const at::Tensor& like) {
   const CurrentDevice current(like.device());
-  const auto* device = at::cuda::getCurrentDeviceProperties();
-  options.device = {device->multiProcessorCount, static_cast<int64_t>(device->sharedMemPerMultiprocessor),
-                    static_cast<int64_t>(device->reservedSharedMemPerBlock)};
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, like.device().index()));
+    return value;
+  };
+  options.device = {attribute(cudaDevAttrMultiProcessorCount),
+                    attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                    attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
 
   int64_t words = 0;
   for (const auto& bucket : buckets) words = std::max(words, workspace_words(bucket, groups, options));

@@ -1,4 +1,4 @@
-"""find_package(fused_lars) from an installed wheel and from a CMake install, in a separate project."""
+"""find_package(fused_lars) from an installed package and from a CMake install, in a separate project."""
 
 import os
 import re
@@ -12,21 +12,12 @@ import torch
 
 import cpp_program
 import fused_lars
-from paths import ROOT
+import python_program
+from paths import PACKAGE, ROOT
 
 CONSUMER = ROOT / "tests" / "programs" / "consumer"
 # The CMake package of a CUDA build of torch asks for these, and fails without a toolkit.
 NOT_NEEDED = ("Torch", "Caffe2", "CUDA", "CUDAToolkit", "Python3")
-
-
-STEP = """
-import os, fused_lars, torch
-assert os.path.dirname(fused_lars.__file__).startswith(os.environ["PYTHONPATH"]), fused_lars.__file__
-weight = torch.nn.Parameter(torch.ones(2))
-weight.grad = torch.ones(2)
-fused_lars.LARS([weight], fused=True).step()
-assert weight[0] < 1
-"""
 
 
 def run(*command, cwd=None, **environment) -> str:
@@ -55,25 +46,13 @@ def cmake_install(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def wheel(tmp_path) -> list[Path]:
-    run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path),
-        ROOT,
-        TORCH_CUDA_ARCH_LIST="9.0+PTX",
-    )
-    (file,) = tmp_path.glob("fused_lars-*-py3-none-*.whl")
-    site_packages = tmp_path / "site-packages"
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site_packages, file)
-    # In site-packages, torch and the packages that pip installed for it are beside the library.
-    beside = Path(torch.__file__).parents[1]
-    for name in ("torch", "nvidia"):
-        if (beside / name).exists():
-            (site_packages / name).symlink_to(beside / name)
-    run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(site_packages))
-    return [site_packages / "fused_lars" / "share" / "cmake"]
+def installed_package() -> list[Path]:
+    package = Path(fused_lars.cmake_prefix_path)
+    beside = PACKAGE / "torch" == Path(torch.__file__).parent  # as in site-packages, where it is found
+    return [package] if beside else [package, Path(torch.utils.cmake_prefix_path)]
 
 
-@pytest.mark.parametrize("installed", ["cmake_install", "wheel"])
+@pytest.mark.parametrize("installed", ["cmake_install", "installed_package"])
 def test_a_project_outside_of_the_tree(installed, request, tmp_path):
     prefixes = request.getfixturevalue(installed)
     source = shutil.copytree(CONSUMER, tmp_path / "consumer")
@@ -104,24 +83,98 @@ def test_a_project_that_adds_the_sources(tmp_path):
     assert re.search("^CMAKE_BUILD_TYPE:.*=$", (tmp_path / "CMakeCache.txt").read_text(), re.MULTILINE)
 
 
-LIBRARY = Path(fused_lars.__file__).parent / "lib" / "libfused_lars.so"
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["cpu"], "cpu"),
+        (["cpu", "cuda12", "cuda13", "cuda14"], "cuda13"),
+        (["cpu", "cuda12"], "cuda12"),
+        (["cpu", "cuda14"], "cpu"),
+        (["cuda14"], None),
+        ([], None),
+    ],
+)
+def test_the_library_for_this_torch(kinds, found, tmp_path):
+    """CMake and Python choose the same one: of this series, and of no newer CUDA than torch's, here 13.0."""
+    lib, package, fake_torch = tmp_path / "lib", tmp_path / "share" / "cmake" / "fused_lars", tmp_path / "torch"
+    for kind in [*(f"torch2.14-{kind}" for kind in kinds), "torch2.13-cuda13", "torch2.1-cuda13"]:
+        (lib / kind).mkdir(parents=True)
+        (lib / kind / "libfused_lars.so").touch()
+    package.mkdir(parents=True)
+    for name in ("fused_lars-config.cmake", "FusedLarsTorch.cmake"):
+        shutil.copy(ROOT / "cmake" / name, package)
+    (fake_torch / "share" / "cmake" / "Torch").mkdir(parents=True)
+    (fake_torch / "share" / "cmake" / "Torch" / "TorchConfig.cmake").touch()
+    (fake_torch / "version.py").write_text("__version__ = '2.14.1+cu130'\ncuda: Optional[str] = '13.0'\n")
+    program = f"""
+import types, torch
+from fused_lars import _library
+_library.torch = types.SimpleNamespace(__version__="2.14.1+cu130", version=types.SimpleNamespace(cuda="13.0"))
+_library._LIB = _library.Path({str(lib)!r})
+try:
+    print("found:", _library._library().parent.name)
+except ImportError as error:
+    print(error)
+"""
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        f"""
+function(add_library)
+endfunction()
+function(set_target_properties)
+endfunction()
+set(Torch_DIR "{fake_torch}/share/cmake/Torch")
+include("{package}/fused_lars-config.cmake")
+get_filename_component(folder "${{_fused_lars_library}}" DIRECTORY)
+get_filename_component(folder "${{folder}}" NAME)
+message("found: ${{folder}}")
+message("${{fused_lars_NOT_FOUND_MESSAGE}}")
+"""
+    )
+    by_cmake = run(tool("cmake"), "-P", script)
+    by_python = run(sys.executable, "-c", program, **python_program.environment())
+    if found:
+        assert f"found: torch2.14-{found}\n" in by_cmake
+        assert f"found: torch2.14-{found}\n" in by_python
+    else:
+        there = ", ".join([*sorted(["torch2.1-cuda13", "torch2.13-cuda13", *(f"torch2.14-{kind}" for kind in kinds)])])
+        assert f"is torch 2.14.1+cu130; there are libraries for {there}" in by_cmake
+        assert f"has no library for torch 2.14.1+cu130 (CUDA 13.0). {lib} has {there}. Build it" in by_python
+
+
+def libraries() -> list[Path]:
+    return sorted((Path(fused_lars.__file__).parent / "lib").rglob("*.so"))
+
+
+def test_no_other_libraries_are_needed():
+    """The runtimes of OpenMP and CUDA are LibTorch's, whose files have other names in every build of torch."""
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
+    known = {"libtorch.so", "libtorch_cpu.so", "libc10.so", "libc10_cuda.so", "libfused_lars_kernels.so"}
+    for library in libraries():
+        needed = set(re.findall(r"\(NEEDED\) .*\[(.*)\]", run("readelf", "-d", library)))
+        assert needed
+        assert needed <= system | known, library
 
 
 def test_the_library_shows_its_api_only():
     """It exports only functions and data that a header declares. The rest is inlined from torch."""
     headers = "".join(file.read_text() for file in (ROOT / "csrc" / "include").rglob("*.h"))
     names = set(re.findall(r"\w+", headers))
-    symbols = re.findall(r"^\w+ ([A-TX-Z]) (.*)$", run("nm", "-DC", "--defined-only", LIBRARY), re.MULTILINE)
-    assert len(symbols) > 20
-    for _, symbol in symbols:
-        found = re.match(r"(?:non-virtual thunk to )?fused_lars::([\w:]+)", symbol)
-        assert found, symbol
-        assert set(re.findall(r"\w+", found[1])) <= names, symbol
-    assert not re.search("fused_lars.*anonymous namespace", run("nm", "-DC", "--defined-only", LIBRARY))
+    for library in libraries():
+        if library.name == "libfused_lars_kernels.so":
+            names |= {"launch", "workspace_words"}  # only libfused_lars.so calls it
+        listed = run("nm", "-DC", "--defined-only", library)
+        symbols = re.findall(r"^\w+ ([A-TX-Z]) (.*)$", listed, re.MULTILINE)
+        assert symbols, library
+        for _, symbol in symbols:
+            found = re.match(r"(?:non-virtual thunk to )?fused_lars::([\w:]+)", symbol)
+            assert found, symbol
+            assert set(re.findall(r"\w+", found[1])) <= names, symbol
+        assert not re.search("fused_lars.*anonymous namespace", listed)
 
 
 def test_errors_do_not_say_where_the_library_was_built():
-    text = LIBRARY.read_bytes()
+    text = b"".join(library.read_bytes() for library in libraries())
     assert b"csrc/checks.cpp" in text
     for folder in (ROOT / "csrc", Path(torch.__file__).parent / "include"):
         for path in (folder, folder.resolve()):

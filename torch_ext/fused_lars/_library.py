@@ -1,29 +1,46 @@
 """Loads libfused_lars.so, which registers torch.ops.fused_lars and torch.classes.fused_lars."""
 
+import re
 from pathlib import Path
 
 import torch
 
 _LIB = Path(__file__).parent / "lib"
-_BUILD = "Build it with this torch: `pip install .`, in a checkout `make build`"
+_BUILD = (
+    "Build it for this torch, from a checkout: `pip install .`, or `make build` to use it in place "
+    "(docs/install.md has what that needs)"
+)
+
+
+def _library() -> Path:
+    """The library for this torch, as fused_lars-config.cmake chooses it.
+
+    A C++ library works with one series of torch only, such as 2.14. With another it may load and fail later.
+    """
+    series = ".".join(torch.__version__.split(".")[:2])
+    major = int((torch.version.cuda or "0").split(".")[0])
+    best = None
+    for file in sorted(_LIB.glob(f"torch{series}-*/libfused_lars.so")):  # cpu, cuda12, cuda13
+        kernels = re.fullmatch(r".*-cuda(\d+)", file.parent.name)
+        if kernels is None or int(kernels[1]) <= major:
+            best = file
+    if best is None:
+        there = ", ".join(sorted(file.parent.name for file in _LIB.glob("torch*/libfused_lars.so")))
+        raise ImportError(
+            f"fused_lars has no library for torch {torch.__version__} (CUDA {torch.version.cuda}). "
+            f"{_LIB} has {there or 'none'}. {_BUILD}"
+        )
+    return best
 
 
 def _load() -> None:
-    library = _LIB / "libfused_lars.so"
-    if not library.is_file():
-        raise ImportError(f"{library} is missing: the C++ part is not built. {_BUILD}")
-    # A C++ library works with one torch series only, such as 2.14. With another it may load and fail later.
-    built_for = (_LIB / "torch-version.txt").read_text().strip()
-    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise ImportError(
-            f"fused_lars was built for torch {built_for}, but this is torch {torch.__version__}. {_BUILD}"
-        )
+    library = _library()
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"{library}, built for torch {built_for}, does not load with torch {torch.__version__} (CUDA "
-            f"{torch.version.cuda}): {error}. {_BUILD}"
+            f"{library} does not load with torch {torch.__version__} (CUDA {torch.version.cuda}): {error}. "
+            f"{_BUILD}"
         ) from error
 
 

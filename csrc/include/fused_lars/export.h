@@ -1,4 +1,4 @@
 #pragma once
 
-// Marks what programs can use of the shared library. Everything else in it is hidden.
+// Marks what can be used from outside of a shared library. Everything else in it is hidden.
 #define FUSED_LARS_API __attribute__((visibility("default")))
