@@ -88,6 +88,7 @@ wheels: $(VENV)/wheels.stamp $(TORCHES:%=build/torch/%/torch/version.py)
 	ls -l dist
 
 # In an environment of its own for each of TORCHES. A version such as 2.13.0+cpu may need OPTIONS=--index-url=...
+# pip prefers it to 2.13.0 where it finds both.
 test-wheels: $(VENV)/bin/python
 	for torch in $(TORCHES); do \
 	    $(PYTHON) packaging/test_wheel.py $(WHEEL) $$torch $(OPTIONS) || exit; \

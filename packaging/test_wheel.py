@@ -67,7 +67,7 @@ def main() -> None:
     packages = [f"torch=={args.torch}", args.wheel.resolve(), "hypothesis", "numpy", "pytest"]
     run(python, "-m", "pip", "install", "--quiet", *pip_options, *packages, path=os.environ["PATH"])
     run(python, "-c", TRAIN, path=no_compiler)
-    tests(*(ROOT / "tests" / file for file in TESTS), "-k", "not cuda", path=no_compiler)
+    tests(*(ROOT / "tests" / file for file in TESTS), "-k", "not cuda and not program_without_python", path=no_compiler)
     consumer = ROOT / "tests" / "programs" / "test_find_package.py"
     tests(consumer, "-k", "installed_package", path=f"{no_compiler}:{os.environ['PATH']}")
 
