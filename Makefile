@@ -54,7 +54,6 @@ build: $(VENV)/build.stamp
 	    -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" \
 	    -DCMAKE_INSTALL_PREFIX=$(CURDIR)/torch_ext/fused_lars $(CMAKE_FLAGS)
 	cmake --build build --parallel $(JOBS)
-	rm -rf torch_ext/fused_lars/lib  # where an earlier build may have put a library for another torch
 	cmake --install build >/dev/null
 
 # A program without Python, which trains a model that a Python program has saved.
@@ -76,25 +75,24 @@ sanitize-%: $(VENV)/build.stamp googletest
 
 # The torch to compile against, one of each series that the wheel serves, and those to test it with.
 TORCHES ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
-WHEEL = $(wildcard dist/*.whl)
 
 # dist/*.whl, with a library for each of TORCHES. auditwheel checks what they need, and gives the wheel its name.
 wheels: $(VENV)/wheels.stamp $(TORCHES:%=build/torch/%/torch/version.py)
-	rm -rf build/wheels dist
+	rm -rf build/wheels build/lib build/lib.* dist  # setuptools packs what older builds left behind
 	FUSED_LARS_TORCHES="$(TORCHES:%=$(CURDIR)/build/torch/%/torch)" FUSED_LARS_CUDA=$${FUSED_LARS_CUDA-1} \
 	    $(PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheels .
-	auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --wheel-dir dist \
+	auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat --wheel-dir dist \
 	    --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libfused_lars_kernels.so build/wheels/*.whl
 	ls -l dist
 
 # In an environment of its own for each of TORCHES. A version such as 2.13.0+cpu may need OPTIONS=--index-url=...
 # pip prefers it to 2.13.0 where it finds both.
-test-wheels: $(VENV)/bin/python
+test-wheels: $(VENV)/wheels.stamp
 	for torch in $(TORCHES); do \
-	    $(PYTHON) packaging/test_wheel.py $(WHEEL) $$torch $(OPTIONS) || exit; \
+	    $(PYTHON) packaging/test_wheel.py dist/*.whl $$torch $(OPTIONS) || exit; \
 	done
 
-build/torch/%/torch/version.py: | $(VENV)/bin/python
+build/torch/%/torch/version.py: | $(VENV)/wheels.stamp
 	$(PYTHON) packaging/fetch_torch.py $* build/torch/$*
 
 # ---------------------------------------------------------------- habits
@@ -128,11 +126,11 @@ $(VENV)/bin/python:
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON3=...")'
 	$(PYTHON3) -m venv $(VENV)
 
-# Installs torch and a group of pyproject.toml. The stamp saves the seconds that pip takes to find that all is
-# there.
+# Installs torch and a group of pyproject.toml. Making wheels takes no torch of this environment. The stamp saves
+# the seconds that pip takes to find that all is there.
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.txt | $(VENV)/bin/python
 	pip install --quiet "pip>=25.1"
-	pip install --group build --group $* "$(TORCH)" | { grep -v "already satisfied" || true; }
+	pip install --group build --group $* $(if $(filter wheels,$*),,"$(TORCH)") | { grep -v "already satisfied" || true; }
 	@touch $@
 
 # Becomes newer than the stamps only if another torch is asked for than last time.

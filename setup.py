@@ -94,7 +94,8 @@ class CMakeBuild(build_ext):
         if ninja := tool("ninja"):
             options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        shutil.rmtree(package / "lib", ignore_errors=True)  # of an earlier build, for another torch
+        for name in ("include", "lib", "share"):  # of an earlier build, which may be for another torch
+            shutil.rmtree(package / name, ignore_errors=True)
         for folder in TORCHES or [torch]:
             where = ["-S", ROOT, "-B", build, f"-DTorch_DIR={folder / 'share/cmake/Torch'}"]
             subprocess.run([cmake, *where, *options], check=True)

@@ -9,6 +9,7 @@ installed package.
 import argparse
 import os
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "wheel-tests")
     args, pip_options = parser.parse_known_args()
 
+    if not args.wheel.is_file():
+        sys.exit(f"{args.wheel} is missing; build it: make wheels")
     folder = args.folder.resolve() / args.torch
     venv.create(folder, clear=True, with_pip=True)
     python = folder / "bin" / "python"
@@ -64,7 +67,7 @@ def main() -> None:
         run(*command, *files_of_tests, *arguments, path=path)
 
     no_compiler = str(folder / "bin")
-    packages = [f"torch=={args.torch}", args.wheel.resolve(), "hypothesis", "numpy", "pytest"]
+    packages = [f"torch=={args.torch}", args.wheel.resolve(), "cmake", "hypothesis", "numpy", "pytest"]
     run(python, "-m", "pip", "install", "--quiet", *pip_options, *packages, path=os.environ["PATH"])
     run(python, "-c", TRAIN, path=no_compiler)
     tests(*(ROOT / "tests" / file for file in TESTS), "-k", "not cuda and not program_without_python", path=no_compiler)

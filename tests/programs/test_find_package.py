@@ -96,7 +96,8 @@ def test_a_project_that_adds_the_sources(tmp_path):
 )
 def test_the_library_for_this_torch(kinds, found, tmp_path):
     """CMake and Python choose the same one: of this series, and of no newer CUDA than torch's, here 13.0."""
-    lib, package, fake_torch = tmp_path / "lib", tmp_path / "share" / "cmake" / "fused_lars", tmp_path / "torch"
+    prefix, fake_torch = tmp_path / "env-cuda14", tmp_path / "torch"  # names outside of the package say nothing
+    lib, package = prefix / "lib", prefix / "share" / "cmake" / "fused_lars"
     for kind in [*(f"torch2.14-{kind}" for kind in kinds), "torch2.13-cuda13", "torch2.1-cuda13"]:
         (lib / kind).mkdir(parents=True)
         (lib / kind / "libfused_lars.so").touch()
@@ -138,7 +139,7 @@ message("${{fused_lars_NOT_FOUND_MESSAGE}}")
         assert f"found: torch2.14-{found}\n" in by_python
     else:
         there = ", ".join([*sorted(["torch2.1-cuda13", "torch2.13-cuda13", *(f"torch2.14-{kind}" for kind in kinds)])])
-        assert f"is torch 2.14.1+cu130; there are libraries for {there}" in by_cmake
+        assert f"no library for torch 2.14.1+cu130 (CUDA 13.0) in {fake_torch}. {lib} has: {there}" in by_cmake
         assert f"has no library for torch 2.14.1+cu130 (CUDA 13.0). {lib} has {there}. Build it" in by_python
 
 
