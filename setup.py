@@ -2,8 +2,8 @@
 
     pip install .
 
-builds against the installed torch. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured. `make wheels`
-sets FUSED_LARS_TORCHES to the folders of torch packages: the wheel then has libraries for each of these series.
+builds against the installed torch. FUSED_LARS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+`make wheels` sets FUSED_LARS_TORCHES to folders of torch packages: then the wheel has libraries for each.
 """
 
 import importlib.machinery

@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kStateVersion = 2;
 
-// A short text that is read as the same double: 0.0005, not 0.00050000000000000001. std::to_chars does not exist
-// in the libstdc++ of older systems.
+// A short text that is read as the same double: 0.0005, not 0.00050000000000000001. std::to_chars does not
+// exist in the libstdc++ of older systems.
 std::string shortest(double value) {
   for (int digits = 6;; ++digits) {
     std::stringstream text;

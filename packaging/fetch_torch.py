@@ -2,7 +2,7 @@
 
 python packaging/fetch_torch.py 2.13.0 FOLDER
 
-makes FOLDER/torch. The build has CUDA, and its headers and the names of its functions are those of CPU builds too.
+makes FOLDER/torch. The build has CUDA. CPU builds have the same headers and names of functions.
 """
 
 import fnmatch

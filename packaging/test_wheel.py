@@ -2,8 +2,8 @@
 
 python packaging/test_wheel.py WHEEL TORCH [--folder FOLDER] [pip's options]
 
-TORCH is a version, such as 2.13.0 or 2.13.0+cpu. Then, with the compiler back, a C++ project is built against the
-installed package.
+TORCH is a version, such as 2.13.0 or 2.13.0+cpu. In the end, with the compiler back, a C++ project is built
+against the installed package.
 """
 
 import argparse
@@ -70,7 +70,12 @@ def main() -> None:
     packages = [f"torch=={args.torch}", args.wheel.resolve(), "cmake", "hypothesis", "numpy", "pytest"]
     run(python, "-m", "pip", "install", "--quiet", *pip_options, *packages, path=os.environ["PATH"])
     run(python, "-c", TRAIN, path=no_compiler)
-    tests(*(ROOT / "tests" / file for file in TESTS), "-k", "not cuda and not program_without_python", path=no_compiler)
+    tests(
+        *(ROOT / "tests" / file for file in TESTS),
+        "-k",
+        "not cuda and not program_without_python",
+        path=no_compiler,
+    )
     consumer = ROOT / "tests" / "programs" / "test_find_package.py"
     tests(consumer, "-k", "installed_package", path=f"{no_compiler}:{os.environ['PATH']}")
 

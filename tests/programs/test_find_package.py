@@ -48,7 +48,7 @@ def cmake_install(tmp_path) -> list[Path]:
 @pytest.fixture
 def installed_package() -> list[Path]:
     package = Path(fused_lars.cmake_prefix_path)
-    beside = PACKAGE / "torch" == Path(torch.__file__).parent  # as in site-packages, where it is found
+    beside = Path(torch.__file__).parent == PACKAGE / "torch"  # as in site-packages, where it is found
     return [package] if beside else [package, Path(torch.utils.cmake_prefix_path)]
 
 
@@ -96,7 +96,10 @@ def test_a_project_that_adds_the_sources(tmp_path):
 )
 def test_the_library_for_this_torch(kinds, found, tmp_path):
     """CMake and Python choose the same one: of this series, and of no newer CUDA than torch's, here 13.0."""
-    prefix, fake_torch = tmp_path / "env-cuda14", tmp_path / "torch"  # names outside of the package say nothing
+    prefix, fake_torch = (
+        tmp_path / "env-cuda14",
+        tmp_path / "torch",
+    )  # names outside of the package say nothing
     lib, package = prefix / "lib", prefix / "share" / "cmake" / "fused_lars"
     for kind in [*(f"torch2.14-{kind}" for kind in kinds), "torch2.13-cuda13", "torch2.1-cuda13"]:
         (lib / kind).mkdir(parents=True)
@@ -138,8 +141,12 @@ message("${{fused_lars_NOT_FOUND_MESSAGE}}")
         assert f"found: torch2.14-{found}\n" in by_cmake
         assert f"found: torch2.14-{found}\n" in by_python
     else:
-        there = ", ".join([*sorted(["torch2.1-cuda13", "torch2.13-cuda13", *(f"torch2.14-{kind}" for kind in kinds)])])
-        assert f"no library for torch 2.14.1+cu130 (CUDA 13.0) in {fake_torch}. {lib} has: {there}" in by_cmake
+        there = ", ".join(
+            [*sorted(["torch2.1-cuda13", "torch2.13-cuda13", *(f"torch2.14-{kind}" for kind in kinds)])]
+        )
+        assert (
+            f"no library for torch 2.14.1+cu130 (CUDA 13.0) in {fake_torch}. {lib} has: {there}" in by_cmake
+        )
         assert f"has no library for torch 2.14.1+cu130 (CUDA 13.0). {lib} has {there}. Build it" in by_python
 
 
@@ -148,7 +155,7 @@ def libraries() -> list[Path]:
 
 
 def test_no_other_libraries_are_needed():
-    """The runtimes of OpenMP and CUDA are LibTorch's, whose files have other names in every build of torch."""
+    """The runtimes of OpenMP and CUDA are LibTorch's, whose file names differ between builds of torch."""
     system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
     known = {"libtorch.so", "libtorch_cpu.so", "libc10.so", "libc10_cuda.so", "libfused_lars_kernels.so"}
     for library in libraries():

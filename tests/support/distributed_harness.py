@@ -122,7 +122,7 @@ def _serve(rank: int, world_size: int, directory: str, pipe) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
-    # The groups of a mesh have threads that wake up all the time, and hundreds of them slow all other tests down.
+    # The groups of a mesh have threads that wake up all the time. Hundreds of them slow all other tests down.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     while True:
         try:
