@@ -51,6 +51,15 @@ def test_an_isolated_build_is_against_the_torch_that_is_installed(tmp_path):
     assert (tmp_path / "fused_lars.egg-info" / "requires.txt").read_text() == f"torch=={series}.*\n"
 
 
+def test_a_wheel_for_several_series_takes_a_newer_torch_too(tmp_path):
+    """pip would replace it by an older one. Without a library for it, the import says so."""
+    pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
+    command = [sys.executable, ROOT / "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    environment = {**os.environ, "FUSED_LARS_TORCHES": f"{tmp_path}/2.9 {tmp_path}/2.14"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "fused_lars.egg-info" / "requires.txt").read_text() == "torch>=2.9\n"
+
+
 def test_a_build_without_torch_says_what_to_do(tmp_path):
     pytest.importorskip("setuptools", "70.1", reason="setup.py needs setuptools")
     done = run_isolated("--quiet", "build_ext", "--build-lib", tmp_path, site=str(tmp_path))
