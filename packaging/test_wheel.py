@@ -1,6 +1,6 @@
 """Tests a wheel as its users have it: in a fresh environment with one torch, without a compiler.
 
-python packaging/test_wheel.py WHEEL TORCH [--folder FOLDER] [pip's options]
+python packaging/test_wheel.py WHEEL TORCH [pip's options]
 
 TORCH is a version, such as 2.13.0 or 2.13.0+cpu. In the end, with the compiler back, a C++ project is built
 against the installed package.
@@ -47,12 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("torch")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "wheel-tests")
     args, pip_options = parser.parse_known_args()
 
     if not args.wheel.is_file():
         sys.exit(f"{args.wheel} is missing; build it: make wheels")
-    folder = args.folder.resolve() / args.torch
+    folder = ROOT / "build" / "wheel-tests" / args.torch
     venv.create(folder, clear=True, with_pip=True)
     python = folder / "bin" / "python"
 
