@@ -9,6 +9,7 @@
 // double-buffered: even and odd turns have a copy each. The dispatcher writes for turn t when the workers are
 // done with turn t - 2.
 
+#include "plan.h"
 #include "ratios.cuh"
 #include "work.cuh"
 
