@@ -74,7 +74,7 @@ sanitize-%: $(VENV)/build.stamp googletest
 # ---------------------------------------------------------------- release
 
 # The torch to compile against, one of each series that the wheel serves, and those to test it with.
-TORCHES ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+TORCHES ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 
 # dist/*.whl, with a library for each of TORCHES. auditwheel checks what they need, and gives the wheel its name.
 wheels: $(VENV)/wheels.stamp $(TORCHES:%=build/torch/%/torch/version.py)

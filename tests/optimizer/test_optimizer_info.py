@@ -90,8 +90,8 @@ def test_error_inputs():
         optim_input = error_input.optimizer_error_input
         params = optim_input.params or [nn.Parameter(torch.randn(1))]
         assert error_input.error_on == torch_tests.OptimizerErrorEnum.CONSTRUCTION_ERROR
-        if error_input.error_type is UserWarning:
-            with pytest.warns(UserWarning, match=error_input.error_regex):
+        if issubclass(error_input.error_type, Warning):
+            with pytest.warns(error_input.error_type, match=error_input.error_regex):
                 LARS(params, **optim_input.kwargs)
         else:
             with pytest.raises(error_input.error_type, match=error_input.error_regex):

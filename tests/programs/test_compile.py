@@ -238,13 +238,13 @@ def test_a_compiled_optimizer_gives_the_eager_bits(device, backend, options):
 
 
 class Counter:
-    """A backend that counts the graphs that it gets."""
+    """A backend that counts the graphs with operators that it gets. From 2.15 on, torch drops the others."""
 
     def __init__(self) -> None:
         self.graphs = 0
 
     def __call__(self, graph, inputs):
-        self.graphs += 1
+        self.graphs += any(node.op.startswith("call") for node in graph.graph.nodes)
         return graph.forward
 
 

@@ -254,12 +254,13 @@ class LARS(Optimizer):
             self._look_at_params(index)
 
     def _is_traceable(self) -> bool:
-        # A trace makes these numbers constants. A schedule of one would compile the step again every time.
-        if [_constants(group) for group in self.param_groups] != self._first_constants:
-            return False
         if self._sharding is not None or not all(map(uses_ordinary_operators, self.param_groups)):
             return False
-        return not any(is_dtensor_like(p) for group in self.param_groups for p in group["params"])
+        if any(is_dtensor_like(p) for group in self.param_groups for p in group["params"]):
+            return False
+        # A trace makes these numbers constants. A schedule of one would compile the step again every time.
+        # They come last, since comparing a number that has changed is traced too.
+        return [_constants(group) for group in self.param_groups] == self._first_constants
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in torch's format, which :meth:`load_state_dict` loads.
