@@ -17,6 +17,42 @@ using Numbers = c10::List<c10::List<double>>;
 using Switches = c10::List<c10::List<bool>>;
 using OptionalTensor = std::optional<at::Tensor>;
 
+class PreparedNorms final : public torch::CustomClassHolder {
+ public:
+  PreparedNorms(Tensors params, c10::List<int64_t> group_sizes)
+      : params_(std::move(params)), group_sizes_(std::move(group_sizes)) {}
+
+  // Returns the norms, and keeps the gradients for the step until release().
+  at::Tensor run_with(Tensors grads, c10::List<double> weight_decay, c10::List<bool> maximize,
+                      c10::List<bool> decayed_norm, const OptionalTensor& grad_scale,
+                      const at::Tensor& workspace) {
+    grads_ = std::move(grads);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::squared_norms", "groups");
+    torch::jit::Stack stack{params_};
+    torch::jit::push(stack, grads_, group_sizes_, std::move(weight_decay), std::move(maximize),
+                     std::move(decayed_norm), grad_scale, workspace);
+    op.callBoxed(stack);
+    return stack.back().toTensor();
+  }
+
+  // The gradients of some rows: from runs[0] to before runs[1], from runs[2] to before runs[3], ...
+  Tensors grads(const std::vector<int64_t>& runs) const {
+    Tensors grads;
+    grads.reserve(grads_.size());
+    for (size_t run = 0; run + 1 < runs.size(); run += 2) {
+      for (auto row = runs[run]; row < runs[run + 1]; ++row) grads.push_back(grads_.get(row));
+    }
+    return grads;
+  }
+
+  void release() { grads_ = Tensors(); }
+
+ private:
+  c10::IValue params_, group_sizes_;
+  Tensors grads_;
+};
+
 class PreparedStep final : public torch::CustomClassHolder {
  public:
   // `without_grad`: the parameters that had no gradient, so that the step leaves them alone.
@@ -55,6 +91,15 @@ class PreparedStep final : public torch::CustomClassHolder {
     return true;
   }
 
+  // Makes a step with norms that were taken before, and with the gradients of some of their rows. The rows'
+  // gradients cross from Python once: each time costs as much as a tensor's checks.
+  void run_after(const c10::intrusive_ptr<PreparedNorms>& norms, const std::vector<int64_t>& runs,
+                 const OptionalTensor& squared_norms, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf, const OptionalTensor& trust_ratios,
+                 const OptionalTensor& layer_norms, const OptionalTensor& workspace) const {
+    run_with(norms->grads(runs), squared_norms, grad_scale, found_inf, trust_ratios, layer_norms, workspace);
+  }
+
   // Makes a step with the given gradients and, optionally, with norms that were taken before.
   void run_with(Tensors grads, const OptionalTensor& squared_norms, const OptionalTensor& grad_scale,
                 const OptionalTensor& found_inf, const OptionalTensor& trust_ratios,
@@ -79,39 +124,20 @@ class PreparedStep final : public torch::CustomClassHolder {
   torch::jit::Stack before_grads_, after_grads_, hyperparameters_;
 };
 
-class PreparedNorms final : public torch::CustomClassHolder {
- public:
-  PreparedNorms(Tensors params, c10::List<int64_t> group_sizes)
-      : params_(std::move(params)), group_sizes_(std::move(group_sizes)) {}
-
-  at::Tensor run_with(Tensors grads, c10::List<double> weight_decay, c10::List<bool> maximize,
-                      c10::List<bool> decayed_norm, const OptionalTensor& grad_scale,
-                      const at::Tensor& workspace) const {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("fused_lars::squared_norms", "groups");
-    torch::jit::Stack stack{params_};
-    torch::jit::push(stack, std::move(grads), group_sizes_, std::move(weight_decay), std::move(maximize),
-                     std::move(decayed_norm), grad_scale, workspace);
-    op.callBoxed(stack);
-    return stack.back().toTensor();
-  }
-
- private:
-  c10::IValue params_, group_sizes_;
-};
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fused_lars, library) {
+  library.class_<PreparedNorms>("PreparedNorms")
+      .def(torch::init<Tensors, c10::List<int64_t>>())
+      .def("run_with", &PreparedNorms::run_with)
+      .def("release", &PreparedNorms::release);
   library.class_<PreparedStep>("PreparedStep")
       .def(torch::init<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, std::vector<at::Tensor>,
                        c10::List<int64_t>>())
       .def("set_hyperparameters", &PreparedStep::set_hyperparameters)
       .def("run", &PreparedStep::run)
+      .def("run_after", &PreparedStep::run_after)
       .def("run_with", &PreparedStep::run_with);
-  library.class_<PreparedNorms>("PreparedNorms")
-      .def(torch::init<Tensors, c10::List<int64_t>>())
-      .def("run_with", &PreparedNorms::run_with);
 }
 
 }  // namespace fused_lars

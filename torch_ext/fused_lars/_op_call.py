@@ -60,6 +60,8 @@ class OpCall:
         # For sharded parameters: the norms of whole tensors, and whether any rank has to skip the step.
         self.squared_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
+        # Where C++ has the gradients already: a PreparedNorms, and begin and end of each run of its rows.
+        self.grads_taken: tuple[Any, list[int]] | None = None
         # `local` without gradients, kept in C++ for a call that is repeated.
         self._kept: Any = None  # type checkers do not know its methods
 
@@ -136,21 +138,17 @@ class OpCall:
         if self._kept is None and not self.reference:
             params, _, *state = self.local
             self._kept = torch.classes.fused_lars.PreparedStep(params, *state, [], self.group_sizes())
-        self.squared_norms = self.found_inf = None
+        self.squared_norms = self.found_inf = self.grads_taken = None
         self.lists.grads.clear()
         self.local.grads.clear()
 
     def _run_kept(self, values, grad_scale, found_inf, record, workspace) -> None:
         self._kept.set_hyperparameters([values[n] for n in NUMBERS], [values[n] for n in SWITCHES])
-        self._kept.run_with(
-            self.local.grads,
-            self.squared_norms,
-            grad_scale,
-            found_inf,
-            record.trust_ratios,
-            record.layer_norms,
-            workspace,
-        )
+        others = grad_scale, found_inf, record.trust_ratios, record.layer_norms, workspace
+        if self.grads_taken is not None:
+            self._kept.run_after(*self.grads_taken, self.squared_norms, *others)
+        else:
+            self._kept.run_with(self.local.grads, self.squared_norms, *others)
 
     def _prepare_lr(self, values) -> str:
         """Converts learning rates of other types for the op, and returns the overload that takes them."""

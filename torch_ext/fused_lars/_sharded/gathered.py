@@ -13,7 +13,7 @@ from .._op_call import OpCalls, TensorLists, empty_lists, on_device, way_to_comp
 from .._prepared_step import needs
 from .._same import SameState
 from .._step_inputs import StepInputs
-from .._torch_internals import get_local, get_spec
+from .._torch_internals import get_local, get_spec, without_torch_function
 from .norm_rows import NormRows
 from .placements import is_placed_as, replaced_grads
 from .rank_sets import RankSet
@@ -98,7 +98,8 @@ class Gathered:
             return False
         grads = []
         for part in self._parts:
-            own = [p.grad for p in part.params]
+            with without_torch_function():
+                own = [p.grad for p in part.params]
             local = part.local_grads(own)
             if local is None:
                 return False

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ class NormRows:
         """Keeps the rows for the next step, but no gradients."""
         # Between two steps only its owner may keep a gradient's memory.
         self._grads.clear()
+        if self._prepared is not None:
+            self._prepared.release()
 
     def renew(self, grads: list[list[Tensor]], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes other gradients for the same rows. `grads` has those of each set of ranks in turn."""
@@ -168,6 +170,7 @@ class NormRows:
             if rows:
                 call.squared_norms = rows[0] if len(rows) == 1 else torch.cat(rows)
                 call.found_inf = found_inf
+                call.grads_taken = self._prepared, [*chain.from_iterable(runs)]
 
 
 def _norm_options(group) -> tuple[float, bool, bool]:
