@@ -184,6 +184,25 @@ def test_gradients_are_not_kept_alive():
 
 
 @on_ranks(2)
+def test_a_failed_step_keeps_no_gradient_alive():
+    param = nn.Parameter(distribute_tensor(torch.ones(4), nets.mesh_1d(), [Replicate()]))
+    optimizer = LARS([param], lr=0.1)
+    for step in range(4):
+        set_grads([param], step)
+        if step == 3:
+            param.grad._local_tensor = param.grad._local_tensor.double()
+        local = weakref.ref(param.grad._local_tensor)
+        if step == 3:
+            with pytest.raises(ValueError, match="dtype Double"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert local() is None
+
+
+@on_ranks(2)
 def test_an_error_in_a_repeated_step_names_the_parameter():
     params, optimizer = make()
     for step in range(3):

@@ -35,6 +35,7 @@ class Stepper:
 
     def step(self, inputs: StepInputs, sharding) -> None:
         """Gathers a step and makes it. `sharding` is a Sharding if there are DTensors, else None."""
+        gathered = None
         if sharding is None:
             calls = gather_calls(
                 inputs.param_groups,
@@ -44,7 +45,8 @@ class Stepper:
             sharding.look_at(inputs)
             # Before the norms are taken, because they are norms of the masters.
             self._written_params.before_step(inputs.param_groups, inputs.state)
-            calls = sharding.calls(inputs)
+            gathered = sharding.gather(inputs)
+            calls = gathered.calls
         calls = OpCalls({key: call for key, call in calls.items() if call.params})
         has_masters = any(call.lists.master_params for call in calls.values())
         # A replay of a graph runs no code of the host, so the graph itself has to see what was written.
@@ -60,7 +62,7 @@ class Stepper:
                 workspace.after_use()
         is_repeated = self.records.take(records)
         if sharding is not None:
-            sharding.after_step(inputs)
+            sharding.after_step(inputs, gathered)
         if has_masters:
             self._written_params.after_step()
         if is_repeated:

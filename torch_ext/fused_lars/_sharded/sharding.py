@@ -69,7 +69,6 @@ class Sharding:
         self._checked: list = []
         self._exchange = Exchange()
         self._gathered: Gathered | None = None  # the last step, if it can be repeated
-        self._in_step: Gathered | None = None
         self._workspaces = Workspaces()
 
     def look_at(self, inputs: StepInputs) -> None:
@@ -82,8 +81,10 @@ class Sharding:
         self._exchange.look_back()
         self._update(inputs.param_groups, _given(inputs))
 
-    def calls(self, inputs: StepInputs) -> OpCalls:
-        """Returns the calls of a step by device and way to compute: local tensors with norms of whole ones.
+    def gather(self, inputs: StepInputs) -> Gathered:
+        """Gathers the calls of a step: local tensors with norms of whole ones.
+
+        Only the caller keeps them, so a step that fails keeps no gradient alive.
 
         Raises:
             ValueError: this rank cannot step, or the ranks that share parameters do not step them alike.
@@ -108,12 +109,10 @@ class Sharding:
             self._exchange.raise_everywhere(error, self._peers)
         for of_device in gathered.norms.values():
             of_device.hand_out()
-        self._in_step = gathered
-        return gathered.calls
+        return gathered
 
-    def after_step(self, inputs: StepInputs) -> None:
+    def after_step(self, inputs: StepInputs, gathered: Gathered) -> None:
         # Autograd must notice the change, as it would after an operator on the DTensor itself.
-        gathered, self._in_step = self._in_step, None
         dtensors = self._dtensors
         if not gathered.is_renewed:
             dtensors = [p for p in dtensors if p.grad is not None]
