@@ -10,6 +10,7 @@ import zlib
 from array import array
 from collections import Counter
 from operator import itemgetter
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -141,7 +142,7 @@ class Exchange:
         _all_reduce(messages)
         self._look(messages, None)
 
-    def raise_everywhere(self, error: Exception, all_peers: list[Peers]) -> None:
+    def raise_everywhere(self, error: Exception, all_peers: list[Peers]) -> NoReturn:
         """Sends all messages, so that no other rank waits for this one, and then raises `error`."""
         messages = [(peers, peers.message_of_trouble()) for peers in all_peers]
         try:

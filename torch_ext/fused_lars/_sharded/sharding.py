@@ -94,20 +94,16 @@ class Sharding:
             # GradScaler gives the number 0 if no parameter has a gradient.
             inputs = inputs._replace(found_inf=torch.tensor(float(inputs.found_inf)))
         gathered, self._gathered = self._gathered, None
-        error = None
         try:
             _set_options(self._rank_sets, inputs.param_groups, _given(inputs))
             if gathered is None or not gathered.renew(inputs):
                 gathered = Gathered(self._rank_sets, self._dtensors, inputs)
             self._take_norms(inputs, gathered)
-        except Exception as caught:
-            error = caught
-        if error is None:
-            norms = gathered.norms.values()
-            self._exchange.add_up([message for of_device in norms for message in of_device.messages()])
-        else:
+        except Exception as error:
             self._exchange.raise_everywhere(error, self._peers)
-        for of_device in gathered.norms.values():
+        norms = gathered.norms.values()
+        self._exchange.add_up([message for of_device in norms for message in of_device.messages()])
+        for of_device in norms:
             of_device.hand_out()
         return gathered
 
