@@ -84,7 +84,7 @@ class Sharding:
     def gather(self, inputs: StepInputs) -> Gathered:
         """Gathers the calls of a step: local tensors with norms of whole ones.
 
-        Only the caller keeps them, so a step that fails keeps no gradient alive.
+        Only the caller keeps them, so this object holds no gradient of a step that fails.
 
         Raises:
             ValueError: this rank cannot step, or the ranks that share parameters do not step them alike.
